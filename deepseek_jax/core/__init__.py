@@ -1,0 +1,1 @@
+"""Configs as values: overriding, saving and reading them; knows no neural networks."""

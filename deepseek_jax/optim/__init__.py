@@ -1,0 +1,1 @@
+"""How training moves the weights: schedules, optimizers and the router's selection bias."""
