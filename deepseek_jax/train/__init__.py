@@ -1,0 +1,1 @@
+"""Training: experiment, state, objective, step, loop, checkpoints, metrics, evaluation."""

@@ -1,0 +1,196 @@
+"""Reads checkpoints: which are whole, whether one fits, and the weights alone for inference.
+
+A checkpoint is one directory `<directory>/<step>` that holds four parts: `state` (the arrays),
+`data_state` (where the data stood), `config` (what the run was) and `metrics` (what it had
+reached). Nothing here changes a directory: a run may be read while it is being trained.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from deepseek_jax.core.config import ConfigError
+
+Json = dict[str, Any]
+PyTree = Any
+
+_MARKERS = ('_CHECKPOINT_METADATA', 'commit_success.txt', 'state/_METADATA')
+_READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
+_SHOWN_DIFFERENCES = 8
+
+
+def restore_params(
+  directory: str | pathlib.Path, step: int | None = None
+) -> tuple[PyTree, PyTree, Json]:
+  """Reads what inference needs from a checkpoint: weights and buffers, not the optimiser's state.
+
+  Args:
+    directory: the directory of the checkpoints (the parent of the step's directory).
+    step: which checkpoint; None is the newest.
+
+  Returns:
+    The parameters and the buffers as nested dicts of NumPy arrays in their saved dtypes, and the
+    config as a JSON object.
+
+  Raises:
+    ConfigError: if there is no such checkpoint, it has no `params`, or it cannot be read.
+  """
+  directory = pathlib.Path(directory).expanduser().absolute()
+  path = directory / str(choose_step(directory, step))
+  found = read_tree(path)
+  if not isinstance(found, dict) or not {'params', 'buffers'} <= set(found):
+    names = sorted(found) if isinstance(found, dict) else type(found).__name__
+    raise ConfigError(f'{path}: expected a state with params and buffers, found {names}')
+  wanted = jax.tree.map(
+    lambda leaf: _NumpyLeaf(tuple(leaf.shape), np.dtype(leaf.dtype)),
+    {name: found[name] for name in ('params', 'buffers')},
+  )
+  partial = context()
+  partial.pytree.loading.partial_load = True
+  with reading(path), partial:
+    parts = ocp.load_checkpointables(path, {'state': wanted, 'config': None})
+  return parts['state']['params'], parts['state']['buffers'], parts['config']
+
+
+@dataclasses.dataclass(frozen=True)
+class _NumpyLeaf:
+  """An abstract leaf without a sharding, which Orbax restores as a NumPy array."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+class _DropOrbaxChatter(logging.Filter):
+  """Drops Orbax's records below a level; lets every other record through."""
+
+  def __init__(self, level: int):
+    """Remembers the level.
+
+    Args:
+      level: the lowest one that is kept.
+    """
+    super().__init__()
+    self._level = level
+
+  def filter(self, record: logging.LogRecord) -> bool:
+    """Whether the record is kept."""
+    return record.levelno >= self._level or 'orbax' not in pathlib.Path(record.pathname).parts
+
+
+@contextlib.contextmanager
+def silence(level: int = logging.WARNING) -> Iterator[None]:
+  """Silences Orbax below a level for a while, on every thread, and nothing else."""
+  logger, chatter = logging.getLogger('absl'), _DropOrbaxChatter(level)
+  logger.addFilter(chatter)
+  try:
+    yield
+  finally:
+    logger.removeFilter(chatter)
+
+
+@contextlib.contextmanager
+def reading(path: pathlib.Path) -> Iterator[None]:
+  """Turns what Orbax raises for a damaged checkpoint into one clear error."""
+  # Its warnings are about what fails next, and that is raised.
+  with silence(logging.ERROR):
+    try:
+      yield
+    except ConfigError:
+      raise
+    except _READ_ERRORS as error:
+      reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+      raise ConfigError(f'{path}: the checkpoint cannot be read: {reason}') from error
+
+
+def context() -> ocp.Context:
+  """Orbax's settings: which parts are JSON (a dict would be taken for a pytree), no compression."""
+  registry = ocp.handlers.local_registry()
+  for name in ('data_state', 'config'):
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+  settings = ocp.Context()
+  settings.checkpointables.registry = registry
+  # Trained floats hardly compress, and on a CPU the compressor takes cores from the training step.
+  settings.array.saving.use_compression = False
+  return settings
+
+
+def finished_steps(directory: pathlib.Path) -> tuple[int, ...]:
+  """Steps whose directory has its final name and every marker of a finished save, ascending."""
+  if not directory.is_dir():
+    return ()
+  named = (path for path in directory.iterdir() if path.name.isdecimal())
+  return tuple(
+    sorted(int(path.name) for path in named if all((path / name).exists() for name in _MARKERS))
+  )
+
+
+def choose_step(directory: pathlib.Path, step: int | None) -> int:
+  """The wanted step, or the newest, known to be on disk."""
+  if not directory.is_dir():
+    raise ConfigError(f'{directory}: no such directory: expected one that holds checkpoints')
+  steps = finished_steps(directory)
+  if not steps:
+    raise ConfigError(f'{directory}: holds no finished checkpoint')
+  if step is None:
+    return steps[-1]
+  if step not in steps:
+    raise ConfigError(
+      f'{directory}: no checkpoint of step {step}; there are {", ".join(map(str, steps))}'
+    )
+  return step
+
+
+def read_tree(path: pathlib.Path) -> PyTree:
+  """The tree of a saved state: shapes and dtypes, no arrays."""
+  with reading(path), context():
+    tree = ocp.metadata(path, 'state').metadata
+    if tree is None:
+      raise ValueError('its index of arrays is damaged')
+  return tree
+
+
+def place(abstract_state: PyTree) -> PyTree:
+  """The abstract state with a sharding on every leaf."""
+  first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or first),
+    abstract_state,
+  )
+
+
+def _address(path: tuple[Any, ...]) -> str:
+  """A leaf's place, the same for a field, a key or an index: `opt_state/0/mu/embed`."""
+  parts = (getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
+  return '/'.join(map(str, parts))
+
+
+def _describe(tree: PyTree) -> dict[str, str]:
+  """Address → `float32[4, 8]` of every leaf."""
+  leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+  return {_address(path): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}' for path, leaf in leaves}
+
+
+def require_equal_trees(path: pathlib.Path, found: PyTree, expected: PyTree) -> None:
+  """Raises with the first addresses at which a checkpoint differs from what is wanted."""
+  have, want = _describe(found), _describe(expected)
+  addresses = [*want, *(address for address in have if address not in want)]
+  differing = [address for address in addresses if have.get(address) != want.get(address)]
+  if not differing:
+    return
+  messages = [
+    f'{path}: {len(differing)} of {len(addresses)} arrays differ from those of this experiment'
+  ]
+  messages += [
+    f'{address}: found {have.get(address, "nothing")}, expected {want.get(address, "nothing")}'
+    for address in differing[:_SHOWN_DIFFERENCES]
+  ]
+  if len(differing) > _SHOWN_DIFFERENCES:
+    messages.append(f'… and {len(differing) - _SHOWN_DIFFERENCES} more')
+  raise ConfigError(messages)
