@@ -1,0 +1,1 @@
+"""Complete runs: one file a run, each with `get_config() -> Experiment`."""

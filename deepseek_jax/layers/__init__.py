@@ -1,0 +1,1 @@
+"""Flax modules, each beside the frozen dataclass that configures it."""

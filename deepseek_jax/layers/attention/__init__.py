@@ -1,0 +1,1 @@
+"""Attention kinds: one file a kind, its config beside its module."""

@@ -1,0 +1,50 @@
+"""What every attention kind offers; any object that does fits in a `Block`."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.layers.context import Context
+
+Cache = Any
+"""A pytree of arrays that one kind understands; its first axis is the batch."""
+
+
+@runtime_checkable
+class AttentionConfig(Protocol):
+  """The config of an attention kind."""
+
+  @property
+  def heads(self) -> int:
+    """Number of query heads H."""
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns a module `(x [B, T, D], context, cache) -> (y [B, T, D], cache)`.
+
+    Without a cache, tokens see the tokens of their own segment in `x`. With one, row b of `x`
+    continues the sequence whose earlier tokens the cache holds: `context.positions` says where,
+    and tokens of segment 0 (padding) leave no trace.
+    """
+
+  def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+    """Returns the cache of `batch` sequences of up to `length` tokens, holding nothing."""
+
+  def cache_axes(self) -> Any:
+    """Returns the logical axis names of the cache: its structure, tuples as leaves."""
+
+  def mixing_flops(self, length: int) -> float:
+    """Returns forward FLOPs a token of mixing values over `length` causal tokens, on average.
+
+    Projections are not in it: they are counted from the weights.
+    """
+
+
+class Attention(Protocol):
+  """The module of an attention kind."""
+
+  def __call__(
+    self, x: jax.Array, context: Context, cache: Cache | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """Mixes `x` [B, T, D] along T."""

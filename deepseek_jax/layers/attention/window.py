@@ -1,0 +1,103 @@
+"""Sliding-window attention with sinks."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.latent import (
+  LATENT_CACHE_AXES,
+  Latent,
+  LatentAttention,
+  LatentCache,
+  empty_latent_cache,
+)
+from deepseek_jax.layers.context import Context
+from deepseek_jax.ops.attention.reference import visible, window_mask
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Window(Latent):
+  """Latent attention to the last `size` tokens and the first `sinks`.
+
+  The dense reference: every score is computed, those outside are masked. The cache, though, holds
+  only what can still be seen.
+
+  Attributes:
+    size: tokens in the window, the query's own among them.
+    sinks: tokens at the start of the segment that stay visible.
+
+  Source: Xiao et al., arXiv 2309.17453 (sinks).
+  """
+
+  size: int = 128
+  sinks: int = 4
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.size < 1:
+      raise ConfigError(f'`size` is {self.size}; a window holds at least the token itself')
+    if self.sinks < 0:
+      raise ConfigError(f'`sinks` is {self.sinks}; expected 0 or more')
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return WindowAttention(self, name=name)
+
+  def visible_tokens(self, length: int) -> float:
+    """Mean number of tokens that a token of a `length`-token segment attends to."""
+    ring, sinks = self.size, self.sinks
+    return sum(min(t + 1, ring) + min(max(t + 1 - ring, 0), sinks) for t in range(length)) / length
+
+  def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
+    """Returns an empty cache: slots for the sinks, then a ring of `size`; at most `length`."""
+    return empty_latent_cache(self, batch, min(self.sinks + self.size, length), dtype)
+
+  def cache_axes(self) -> LatentCache:
+    """Returns the logical axes of the cache."""
+    return LATENT_CACHE_AXES
+
+
+class WindowAttention(LatentAttention):
+  """[B, T, D] -> [B, T, D], over a cache that forgets what left the window."""
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, context: Context, cache: Cache | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
+    size, sinks = self.config.size, self.config.sinks
+    query = self.queries(x, context)
+    new = self.latents(x, context)
+    positions, segments = context.positions, context.segments
+    if cache is None:
+      key, key_positions = new, positions
+      mask = visible(positions, positions, segments, segments)
+    else:
+      # A block of queries may be longer than the ring: attend to what the ring holds and to the
+      # block itself, then write.
+      own = jnp.where(context.real, positions, -1)
+      key_positions = jnp.concatenate([cache.positions, own], axis=1)
+      old = (cache.latent, cache.rope_key)
+      key = tuple(jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, new))
+      mask = visible(positions, key_positions)
+      cache = cache.write(self.slots(own, cache.positions.shape[1]), *new, positions)
+    mask &= window_mask(positions, key_positions, size, sinks)
+    return self.project(self.mix(query, key, mask, context), x.shape[-1]), cache
+
+  def slots(self, positions: jax.Array, slots: int) -> jax.Array:
+    """Returns the slot of each token [B, T]: its sink, or its turn in the ring.
+
+    Tokens that a later one of the same block overwrites, and padding (position -1), get a slot
+    beyond the end, so that every slot is written at most once.
+    """
+    sinks = min(self.config.sinks, slots)
+    ring = slots - sinks
+    last = jnp.max(positions, axis=1, keepdims=True)
+    turn = sinks + (positions - sinks) % max(ring, 1)
+    kept = (positions >= sinks) & (positions > last - ring)
+    slot = jnp.where(positions < sinks, positions, jnp.where(kept, turn, slots))
+    return jnp.where(positions < 0, slots, slot)

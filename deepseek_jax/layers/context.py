@@ -1,0 +1,46 @@
+"""What every layer may need to know about the tokens it is given."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from deepseek_jax.sharding.rules import Rules
+
+
+@struct.dataclass
+class Context:
+  """The per-call facts that travel through the stack beside the activations.
+
+  Attributes:
+    tokens: [B, T] int32 token ids.
+    positions: [B, T] int32 place of each token in its segment; with a cache, its slot too.
+    segments: [B, T] int32 packed document of each token, from 1; 0 is padding.
+    modality: [B, T] int32, 0 for text, or None.
+    step: scalar int32 training step, or None.
+    key: random key for noise in the forward pass, or None.
+    rules: how activations are laid out over the mesh.
+  """
+
+  tokens: jax.Array
+  positions: jax.Array
+  segments: jax.Array
+  modality: jax.Array | None = None
+  step: jax.Array | None = None
+  key: jax.Array | None = None
+  rules: Rules = struct.field(pytree_node=False, default=Rules())
+
+  @property
+  def real(self) -> jax.Array:
+    """[B, T] bool, False on padding."""
+    return self.segments > 0
+
+
+def text_context(tokens: jax.Array, rules: Rules | None = None) -> Context:
+  """Returns the context of unpacked text [B, T] int32: one segment a row, positions from 0."""
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+  return Context(
+    tokens=tokens,
+    positions=positions,
+    segments=jnp.ones_like(tokens),
+    rules=Rules() if rules is None else rules,
+  )

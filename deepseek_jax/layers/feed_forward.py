@@ -1,0 +1,50 @@
+"""Dense feed-forward layers."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.norm import swiglu
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwiGLU:
+  """A gated feed-forward layer, every token through all of it.
+
+  Attributes:
+    hidden: hidden units F.
+  """
+
+  hidden: int
+
+  def __post_init__(self):
+    if self.hidden < 1:
+      raise ConfigError(f'`hidden` is {self.hidden}; expected at least 1 hidden unit')
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return SwiGLUFeedForward(self, name=name)
+
+
+class SwiGLUFeedForward(nn.Module):
+  """[B, T, D] -> [B, T, D].
+
+  Source: Shazeer, arXiv 2002.05202.
+  """
+
+  config: SwiGLU
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    """Applies the layer to `x` [B, T, D]."""
+    width, hidden = x.shape[-1], self.config.hidden
+    gate = weight(self, 'gate', (width, hidden), ('embed', 'mlp'), dtype=x.dtype)
+    up = weight(self, 'up', (width, hidden), ('embed', 'mlp'), dtype=x.dtype)
+    down = weight(self, 'down', (hidden, width), ('mlp', 'embed'), dtype=x.dtype)
+    h = swiglu(jnp.einsum('btd,df->btf', x, gate), jnp.einsum('btd,df->btf', x, up))
+    return jnp.einsum('btf,fd->btd', h, down)

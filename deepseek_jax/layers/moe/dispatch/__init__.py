@@ -1,0 +1,1 @@
+"""How tokens reach their experts: one file a kind."""

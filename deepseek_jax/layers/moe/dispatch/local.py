@@ -1,0 +1,23 @@
+"""Dispatch without communication of its own."""
+
+import dataclasses
+
+import jax
+
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.moe.interface import Assignment
+from deepseek_jax.ops.experts import ExpertWeights, apply_experts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Local:
+  """Sorts tokens by expert and multiplies group by group; drops none.
+
+  Where the experts' weights are sharded, the compiler moves what is needed.
+  """
+
+  def __call__(
+    self, x: jax.Array, assignment: Assignment, matrices: ExpertWeights, context: Context
+  ) -> jax.Array:
+    """Returns Σ_k weight_k · expert_k(x) for tokens `x` [N, D]."""
+    return apply_experts(x, assignment.experts, assignment.weights, matrices)

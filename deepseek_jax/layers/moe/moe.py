@@ -1,0 +1,98 @@
+"""The mixture-of-experts layer."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
+from deepseek_jax.layers.moe.dispatch.local import Local
+from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
+from deepseek_jax.layers.weights import add_loss, observe, weight
+from deepseek_jax.ops.experts import ExpertWeights
+from deepseek_jax.ops.routing import expert_load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoE:
+  """Shared experts that see every token, and routed experts that see the tokens they are chosen by.
+
+  Attributes:
+    experts: routed experts E.
+    top_k: routed experts K a token goes to.
+    hidden: hidden units F of one expert.
+    shared: shared experts, merged to one SwiGLU of `shared` · `hidden` units; None for none.
+    router: how experts are chosen.
+    balance: auxiliary balance loss, or None.
+    dispatch: how tokens reach their experts.
+
+  Source: DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+  """
+
+  experts: int
+  top_k: int
+  hidden: int
+  shared: int | None = 1
+  router: Sigmoid = Sigmoid()
+  balance: SequenceBalance | BatchBalance | None = SequenceBalance()
+  dispatch: Local = Local()
+
+  def __post_init__(self):
+    errors = [
+      f'`{name}` is {size}; expected 1 or more'
+      for name in ('experts', 'top_k', 'hidden', 'shared')
+      if (size := getattr(self, name)) is not None and size < 1
+    ]
+    if not errors and self.top_k > self.experts:
+      errors.append(f'`top_k` is {self.top_k}, more than the {self.experts} `experts` there are')
+    if not errors:
+      errors += [f'router: {message}' for message in self.router.check(self.experts, self.top_k)]
+    if errors:
+      raise ConfigError(errors)
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return MoEFeedForward(self, name=name)
+
+
+class MoEFeedForward(nn.Module):
+  """[B, T, D] -> [B, T, D]; reports `router/load` [E] and the balance loss."""
+
+  config: MoE
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    """Applies the layer to `x` [B, T, D]."""
+    c, (batch, length, width) = self.config, x.shape
+    with jax.named_scope('router'):
+      assignment = c.router.build(c.experts, c.top_k, name='router')(x, context)
+      load = expert_load(assignment.experts, context.real.reshape(-1), c.experts)
+      # Under the router's name, so that the load lies where the router keeps its bias.
+      observe(self, 'router', {'load': load})
+      if c.balance is not None:
+        scores = assignment.scores.reshape(batch, length, c.experts)
+        add_loss(self, 'balance', c.balance(scores, context.real, c.top_k))
+    tokens = x.reshape(batch * length, width)
+    matrices = self.matrices(width, x.dtype)
+    routed = c.dispatch(tokens, assignment, matrices, context).reshape(x.shape)
+    if c.shared is not None:
+      shared = SwiGLU(hidden=c.shared * c.hidden).build('shared')
+      routed += shared(x, context)
+    return routed
+
+  def matrices(self, width: int, dtype: jnp.dtype) -> ExpertWeights:
+    """Declares the experts' weights: gate and up [E, D, F], down [E, F, D]."""
+    c = self.config
+    inward, outward = (
+      ('expert', 'expert_embed', 'expert_mlp'),
+      ('expert', 'expert_mlp', 'expert_embed'),
+    )
+    return ExpertWeights(
+      gate=weight(self, 'gate', (c.experts, width, c.hidden), inward, dtype=dtype),
+      up=weight(self, 'up', (c.experts, width, c.hidden), inward, dtype=dtype),
+      down=weight(self, 'down', (c.experts, c.hidden, width), outward, dtype=dtype),
+    )

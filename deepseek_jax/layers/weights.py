@@ -1,0 +1,101 @@
+"""The one place where layers declare weights, state they read, and what they report."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+BATCH_AXES = ('layers', 'stage', 'expert', 'lanes')
+"""Axes along which a weight is a stack of independent matrices."""
+
+
+@struct.dataclass
+class Labelled(nn.Partitioned[Any]):
+  """An array with the names of its axes, which are for our own table alone to translate.
+
+  Linen's box takes the names for mesh axes when it is opened under a mesh.
+  """
+
+  def unbox(self, apply_constraint: bool = True) -> Any:
+    """Returns the array [...] as it is."""
+    return self.value
+
+
+def labelled(init: Callable[..., jax.Array], axes: Sequence[str | None]) -> Callable[..., Any]:
+  """Returns an initialiser whose result [...] carries the names of its axes."""
+  return lambda *arguments: Labelled(init(*arguments), names=tuple(axes))
+
+
+def weight(
+  module: nn.Module,
+  name: str,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  *,
+  dtype: jnp.dtype,
+  inputs: int = 1,
+  gain: float = 1.0,
+) -> jax.Array:
+  """Declares a matrix and returns it in the compute dtype.
+
+  The master copy is float32, normal with standard deviation gain / √(fan-in).
+
+  Args:
+    module: the module that owns the weight.
+    name: its name in the module.
+    shape: sizes of its axes; batch axes (`expert`), then input axes, then output axes.
+    axes: logical axis names, one an axis; None is never sharded.
+    dtype: dtype of the activations that the weight will meet.
+    inputs: how many axes, after the batch axes, are inputs.
+    gain: factor on the standard deviation.
+  """
+  batch = sum(axis in BATCH_AXES for axis in axes)
+  fan_in = math.prod(shape[batch : batch + inputs])
+  init = nn.initializers.normal(gain / math.sqrt(fan_in))
+  return module.param(name, labelled(init, tuple(axes)), tuple(shape)).astype(dtype)
+
+
+def scale(module: nn.Module, name: str, size: int) -> jax.Array:
+  """Declares the scale [size] of a norm, float32, ones at first."""
+  init = labelled(nn.initializers.ones, (None,))
+  return module.param(name, init, (size,))
+
+
+def table(
+  module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None], std: float
+) -> jax.Array:
+  """Declares a look-up table in float32, normal with standard deviation `std`."""
+  init = labelled(nn.initializers.normal(std), tuple(axes))
+  return module.param(name, init, tuple(shape))
+
+
+def buffer(module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None]):
+  """Declares state that the training step updates and the forward pass only reads.
+
+  Float32, zeros at first, in the collection `buffers`.
+  """
+  zeros = labelled(lambda: jnp.zeros(tuple(shape), jnp.float32), tuple(axes))
+  return module.variable('buffers', name, zeros).value
+
+
+def observe(module: nn.Module, name: str, value: Any) -> None:
+  """Reports a value that the step logs or updates state from (collection `observed`).
+
+  Values are sums over tokens, so that microbatches and shards add up.
+  """
+  if module.is_mutable_collection('observed') and not module.is_initializing():
+    module.put_variable('observed', name, jax.lax.stop_gradient(value))
+
+
+def add_loss(module: nn.Module, name: str, value: jax.Array) -> None:
+  """Reports a differentiable, weighted loss of a layer (collection `losses`).
+
+  The value [] is a sum over the rows of the batch: the objective divides by the rows of the whole
+  batch, once, so that accumulation over microbatches is exact.
+  """
+  if module.is_mutable_collection('losses') and not module.is_initializing():
+    module.put_variable('losses', name, value)

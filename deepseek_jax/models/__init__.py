@@ -1,0 +1,1 @@
+"""Model families: a few dials, a plan of layers, and the stack that runs any plan."""

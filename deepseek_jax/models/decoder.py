@@ -1,0 +1,144 @@
+"""The language model that every family builds: embedding, stack, norm, head, MTP modules."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.layers.context import Context, text_context
+from deepseek_jax.layers.embedding import Embedding
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.models.mtp import MTP, MTPModule
+from deepseek_jax.models.plan import Block, Segment, segment, stack, unstack
+from deepseek_jax.models.remat import Remat
+from deepseek_jax.models.stack import Stack, empty_caches
+
+
+class Family(Protocol):
+  """What a model family's config offers."""
+
+  width: int
+  vocab: int
+  mtp: MTP | None
+
+  def layers(self) -> list[Block]:
+    """Returns the layers, first to last."""
+
+
+class Head(nn.Module):
+  """The output matrix [D, V]."""
+
+  width: int
+  vocab: int
+
+  @nn.compact
+  def __call__(self, dtype: jnp.dtype) -> jax.Array:
+    """Returns the matrix [D, V] in `dtype`."""
+    return weight(self, 'weight', (self.width, self.vocab), ('embed', 'vocab'), dtype=dtype)
+
+
+class Decoder(nn.Module):
+  """Tokens [B, T] -> hidden states [B, T, D] after the final norm.
+
+  Attributes:
+    config: the family.
+    dtype: compute dtype; the embedding's output is cast to it once and it flows from there.
+    remat: what the backward pass recomputes, or None.
+  """
+
+  config: Family
+  dtype: jnp.dtype = jnp.float32
+  remat: Remat | None = None
+
+  def setup(self):
+    """Declares the parts."""
+    c, layers = self.config, self.config.layers()
+    self.embedding = Embedding(vocab=c.vocab, width=c.width).build()
+    self.open = layers[0].residual.build()
+    self.stack = Stack(plan_segments(c, self.remat), self.remat)
+    self.close = layers[-1].residual.build()
+    self.norm = layers[-1].norm.build()
+    self.head = Head(c.width, c.vocab)
+    depth = 0 if c.mtp is None else c.mtp.depth
+    self.mtp = [MTPModule(layers[-1]) for _ in range(depth)]
+
+  def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
+    """Returns embeddings [B, T, D] in the compute dtype."""
+    x = self.embedding(tokens).astype(self.dtype)
+    return context.rules.constrain(x, ('batch', 'seq', 'act_embed'))
+
+  def __call__(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
+    """Returns hidden states [B, T, D] after the final norm, and the caches."""
+    stream = self.open.open(self.embed(context.tokens, context))
+    stream, caches = self.stack(stream, context, caches)
+    return self.norm(self.close.close(stream)), caches
+
+  def look_ahead(self, hidden: jax.Array, context: Context) -> list[jax.Array]:
+    """Returns the hidden states [B, T, D] of every MTP depth.
+
+    Depth k at position t sees token t + k; where the row has no such token the result is
+    meaningless and its target has no weight.
+    """
+    result = []
+    for depth, module in enumerate(self.mtp, start=1):
+      ahead = shift_left(context.tokens, depth)
+      hidden = module(hidden, self.embed(ahead, context), context)
+      result.append(hidden)
+    return result
+
+  def head_matrix(self) -> jax.Array:
+    """Returns the output matrix [D, V] in the compute dtype."""
+    return self.head(self.dtype)
+
+  def logits(self, hidden: jax.Array, context: Context) -> jax.Array:
+    """Returns float32 logits [B, T, V] of hidden states [B, T, D]."""
+    matrix = self.head_matrix()
+    logits = jnp.einsum('btd,dv->btv', hidden, matrix, preferred_element_type=jnp.float32)
+    return context.rules.constrain(logits, ('batch', 'seq', 'act_vocab'))
+
+  def everything(self, context: Context) -> jax.Array:
+    """Runs every part once on tokens [B, T], so that `init` declares every weight."""
+    hidden, _ = self(context)
+    self.look_ahead(hidden, context)
+    return self.logits(hidden, context)
+
+
+def shift_left(x: jax.Array, places: int) -> jax.Array:
+  """Moves [B, T] to the left; zeros come in."""
+  return jnp.pad(x[:, places:], ((0, 0), (0, min(places, x.shape[1]))))
+
+
+def plan_segments(family: Family, remat: Remat | None = None) -> tuple[Segment, ...]:
+  """Returns the scans that run a family's layers."""
+  segments = segment(family.layers())
+  return segments if remat is None else remat.regroup(segments)
+
+
+def init_variables(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
+  """Returns fresh `params` and `buffers`, every leaf boxed with its logical axis names.
+
+  Arrays do not depend on batch or length; run it under `jax.eval_shape` for shapes alone.
+  """
+  context = text_context(jnp.zeros((1, 2), jnp.int32))
+  variables = decoder.init(key, context, method='everything')
+  return {'params': variables['params'], 'buffers': variables.get('buffers', {})}
+
+
+def decoder_caches(family: Family, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Any:
+  """Returns empty caches for `batch` sequences of up to `length` tokens, [B, …] each."""
+  return empty_caches(plan_segments(family), batch, length, dtype)
+
+
+def canonical(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
+  """Renames a collection's `stack` to `layers/<i>`, one entry a layer, whatever the grouping."""
+  rest = {key: value for key, value in tree.items() if key != 'stack'}
+  return {**rest, 'layers': unstack(tree.get('stack', {}), segments)}
+
+
+def grouped(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
+  """The inverse of `canonical`."""
+  rest = {key: value for key, value in tree.items() if key != 'layers'}
+  stacked = stack(tree.get('layers', {}), segments)
+  return {**rest, 'stack': stacked} if stacked else rest

@@ -1,0 +1,171 @@
+"""From a list of layers to a few scans, and from scans back to single layers."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.residual import Add
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+  """One layer: attention, then a feed-forward, each read from and written to the residual stream.
+
+  Attributes:
+    attention: how tokens see each other.
+    feed_forward: what is done to each token alone.
+    residual: how sublayers join the stream.
+    norm: norm before each sublayer.
+  """
+
+  attention: MLA | Window | Gated
+  feed_forward: SwiGLU | MoE
+  residual: Add = Add()
+  norm: RMSNorm = RMSNorm()
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """A pattern of neighbouring layers that is run `repeats` times by one scan."""
+
+  pattern: tuple[Block, ...]
+  repeats: int
+
+  @property
+  def layers(self) -> int:
+    """Number of layers in the segment."""
+    return len(self.pattern) * self.repeats
+
+
+def segment(layers: Sequence[Block], longest: int = 8) -> tuple[Segment, ...]:
+  """Groups equal neighbouring patterns, so that as few blocks as possible are compiled.
+
+  The best grouping is found exactly, by dynamic programming from the last layer to the first:
+  fewest blocks, then fewest segments.
+
+  Args:
+    layers: the layers, first to last.
+    longest: longest pattern to look for.
+
+  Returns:
+    Segments whose layers, in order, are `layers`.
+
+  Raises:
+    ConfigError: there is no layer.
+  """
+  if not layers:
+    raise ConfigError('a model needs at least 1 layer')
+  total = len(layers)
+  best: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
+  best *= total + 1
+  for start in reversed(range(total)):
+    options = []
+    for size in range(1, min(longest, total - start) + 1):
+      pattern = tuple(layers[start : start + size])
+      repeats = 1
+      while tuple(layers[start + repeats * size : start + (repeats + 1) * size]) == pattern:
+        repeats += 1
+      if size > 1 and repeats == 1:
+        continue
+      blocks, count, rest = best[start + size * repeats]
+      options.append((blocks + size, count + 1, (Segment(pattern, repeats), *rest)))
+    best[start] = min(options, key=lambda option: option[:2])
+  return best[0][2]
+
+
+def unroll(segments: Sequence[Segment], repeats: int) -> tuple[Segment, ...]:
+  """Makes every scan step run up to `repeats` repeats of its pattern, and a rest of its own."""
+  result = []
+  for part in segments:
+    size = min(repeats, part.repeats)
+    whole, rest = divmod(part.repeats, size)
+    result.append(Segment(part.pattern * size, whole))
+    if rest:
+      result.append(Segment(part.pattern, rest))
+  return tuple(result)
+
+
+def unstack(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
+  """Turns the variables of a stack into one entry a layer: `{'0': …, '1': …}`.
+
+  This is the canonical address of a layer's weights, whatever way the plan was grouped. Leaves may
+  be arrays or abstract shapes. Layers without variables (in collections such as `buffers`) are
+  left out.
+
+  Args:
+    tree: variables of one collection of a `Stack`: `{'segment_0': {'block_0': …}}`.
+    segments: the plan that the stack ran.
+  """
+  layers: dict[str, Any] = {}
+  start = 0
+  for number, part in enumerate(segments):
+    group = tree.get(f'segment_{number}', {})
+    for place in range(len(part.pattern)):
+      block = group.get(f'block_{place}')
+      if block is None:
+        continue
+      for repeat in range(part.repeats):
+        index = start + repeat * len(part.pattern) + place
+        layers[str(index)] = _map(
+          lambda x, r=repeat: x if part.repeats == 1 else _pick(x, r), block
+        )
+    start += part.layers
+  return {key: layers[key] for key in sorted(layers, key=int)}
+
+
+def stack(layers: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
+  """The inverse of `unstack`: groups the layers' variables for the scans of `segments`."""
+  tree: dict[str, Any] = {}
+  start = 0
+  for number, part in enumerate(segments):
+    group = {}
+    for place in range(len(part.pattern)):
+      indices = range(start + place, start + part.layers, len(part.pattern))
+      blocks = [layers[str(i)] for i in indices if str(i) in layers]
+      if not blocks:
+        continue
+      if len(blocks) != part.repeats:
+        raise ConfigError(
+          f'layers {list(indices)} share a scan, but only {len(blocks)} have variables'
+        )
+      group[f'block_{place}'] = blocks[0] if part.repeats == 1 else _zip(_join, blocks)
+    if group:
+      tree[f'segment_{number}'] = group
+    start += part.layers
+  return tree
+
+
+def _map(function, tree):
+  if isinstance(tree, dict):
+    return {key: _map(function, value) for key, value in tree.items()}
+  return function(tree)
+
+
+def _zip(function, trees):
+  if isinstance(trees[0], dict):
+    return {key: _zip(function, [tree[key] for tree in trees]) for key in trees[0]}
+  return function(trees)
+
+
+def _pick(x, index: int):
+  if hasattr(x, 'at') or isinstance(x, np.ndarray):
+    return x[index]
+  return type(x)(x.shape[1:], x.dtype)
+
+
+def _join(leaves):
+  if isinstance(leaves[0], np.ndarray):
+    return np.stack(leaves)
+  if hasattr(leaves[0], 'at'):
+    return jnp.stack(leaves)
+  return type(leaves[0])((len(leaves), *leaves[0].shape), leaves[0].dtype)

@@ -1,0 +1,100 @@
+"""Runs any plan of layers: one scan a segment."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.layers.context import Context
+from deepseek_jax.models.plan import Block, Segment
+from deepseek_jax.models.remat import Remat
+
+
+class TransformerBlock(nn.Module):
+  """One layer of the plan: stream -> stream; [B, T, D] under the plain residual."""
+
+  config: Block
+
+  @nn.compact
+  def __call__(self, stream: Any, context: Context, cache: Any = None) -> tuple[Any, Any]:
+    """Runs attention and feed-forward; returns the stream and the attention's cache."""
+    c = self.config
+    layout = ('batch', 'seq', 'act_embed')
+    site = c.residual.build('attention_residual')
+    x, mix = site.read(stream)
+    x = context.rules.constrain(x, layout)
+    attention = c.attention.build('attention')
+    y, cache = attention(c.norm.build('attention_norm')(x), context, cache)
+    stream = site.write(stream, checkpoint_name(y, 'attention'), mix)
+    site = c.residual.build('feed_forward_residual')
+    x, mix = site.read(stream)
+    x = context.rules.constrain(x, layout)
+    feed_forward = c.feed_forward.build('feed_forward')
+    y = feed_forward(c.norm.build('feed_forward_norm')(x), context)
+    return site.write(stream, checkpoint_name(y, 'feed_forward'), mix), cache
+
+
+class Pattern(nn.Module):
+  """The blocks of one scan step, one after another, on a stream such as [B, T, D]."""
+
+  blocks: tuple[Block, ...]
+
+  @nn.compact
+  def __call__(self, stream: Any, context: Context, caches: Any = None) -> tuple[Any, Any]:
+    """Runs every block; `caches` is a tuple with one cache a block, or None."""
+    written = []
+    for place, block in enumerate(self.blocks):
+      cache = None if caches is None else caches[place]
+      stream, cache = TransformerBlock(block, name=f'block_{place}')(stream, context, cache)
+      written.append(cache)
+    return stream, None if caches is None else tuple(written)
+
+
+class Stack(nn.Module):
+  """All segments of a plan, in order; weights of a scan have a leading `layers` axis.
+
+  The carry may have any rank: [B, T, D], or [B, T, R, D] with several residual lanes.
+  """
+
+  segments: tuple[Segment, ...]
+  remat: Remat | None = None
+
+  @nn.compact
+  def __call__(self, stream: Any, context: Context, caches: Any = None) -> tuple[Any, Any]:
+    """Runs the plan; `caches` is what `empty_caches` returns, or None."""
+    written = []
+    for number, part in enumerate(self.segments):
+      scanned = part.repeats > 1
+      module: Any = Pattern
+      if self.remat is not None:
+        module = self.remat.wrap(module, scanned)
+      if scanned:
+        module = nn.scan(
+          module,
+          variable_axes={'params': 0, 'buffers': 0, 'losses': 0, 'observed': 0},
+          split_rngs={'params': True},
+          in_axes=(nn.broadcast, 0),
+          length=part.repeats,
+          metadata_params={nn.PARTITION_NAME: 'layers'},
+        )
+      cache = None if caches is None else caches[number]
+      run = module(part.pattern, name=f'segment_{number}')
+      stream, cache = run(stream, context, cache)
+      written.append(cache)
+    return stream, None if caches is None else tuple(written)
+
+
+def empty_caches(segments: Sequence[Segment], batch: int, length: int, dtype: jnp.dtype) -> Any:
+  """Returns empty caches for a stack: [B, …] each, or [repeats, B, …] in a scanned segment."""
+
+  def repeat(cache, times):
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), cache)
+
+  result = []
+  for part in segments:
+    caches = tuple(block.attention.empty_cache(batch, length, dtype) for block in part.pattern)
+    result.append(repeat(caches, part.repeats) if part.repeats > 1 else caches)
+  return tuple(result)

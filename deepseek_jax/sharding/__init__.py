@@ -1,0 +1,1 @@
+"""One mesh, one table from logical axis names to mesh axes, and its presets."""

@@ -1,0 +1,31 @@
+"""Ready tables of sharding rules; pick one, or write another `Rules`."""
+
+import dataclasses
+
+from deepseek_jax.sharding.rules import Rules
+
+FSDP = Rules(
+  batch=('replica', 'data'),
+  embed=('data',),
+  expert_embed=('data',),
+)
+"""Every device holds a slice of every weight and its own rows of the batch (ZeRO-3)."""
+
+TENSOR = dataclasses.replace(
+  FSDP,
+  act_heads=('model',),
+  act_vocab=('model',),
+  heads=('model',),
+  mlp=('model',),
+  vocab=('model',),
+  expert_mlp=('model',),
+)
+"""FSDP over `data`; heads, hidden units and vocabulary over `model` (Megatron)."""
+
+EXPERT = dataclasses.replace(
+  FSDP,
+  batch=('replica', 'data', 'expert'),
+  act_expert=('expert',),
+  expert=('expert',),
+)
+"""FSDP over `data`; whole experts over `expert`, which also carries rows of the batch."""

@@ -1,0 +1,153 @@
+"""The one object that says what a run is."""
+
+import dataclasses
+from typing import Annotated
+
+from deepseek_jax.core.annotation import Presets
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.precision import Fastest, Float32, Precision
+from deepseek_jax.data.pipeline import TextCorpus
+from deepseek_jax.models.deepseek_v3 import DeepSeekV3
+from deepseek_jax.models.remat import EveryLayer, Save, SquareRoot
+from deepseek_jax.optim.balance import SignBias
+from deepseek_jax.optim.optimizer import AdamW, Muon
+from deepseek_jax.optim.schedule import Schedule
+from deepseek_jax.sharding.mesh import MeshConfig
+from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
+from deepseek_jax.sharding.rules import Rules, shard_count
+from deepseek_jax.train.objective import NextToken
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cadence:
+  """How often, in steps, a run does what is not training.
+
+  Attributes:
+    log: writes metrics.
+    evaluate: measures the held-out loss; the last step always does. None is only then.
+    evaluate_batches: batches of each evaluation but the last, which takes all; None takes all.
+    sample: writes continuations of the prompts; None never.
+    save: writes a checkpoint; the last step always does. None is only then.
+    keep: newest checkpoints that are kept; the best by held-out bits per byte is kept too.
+  """
+
+  log: int = 10
+  evaluate: int | None = None
+  evaluate_batches: int | None = None
+  sample: int | None = None
+  save: int | None = None
+  keep: int = 3
+
+  def __post_init__(self):
+    errors = [
+      f'`{field.name}` is {value}; expected 1 or more'
+      for field in dataclasses.fields(self)
+      if (value := getattr(self, field.name)) is not None and value < 1
+    ]
+    if errors:
+      raise ConfigError(errors)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+  """A complete run; two equal experiments give the same numbers on the same mesh.
+
+  Attributes:
+    name: what the run is called.
+    model: the family and its dials.
+    data: text, tokenizer, rows.
+    optimizer: what turns gradients into updates, with its peak learning rate.
+    schedule: factor on the peak learning rate over training.
+    train_steps: updates of the whole run.
+    objective: what is minimised.
+    balance: how the routers' selection bias follows the load, or None to leave it alone.
+    microbatches: equal parts of a batch that are run one after the other; gradients are summed.
+    remat: what the backward pass recomputes, or None to remember everything.
+    precision: compute dtype; parameters stay float32.
+    mesh: how devices are laid out.
+    rules: which array axes lie on which mesh axes.
+    cadence: how often the run logs, evaluates, samples and saves.
+    prompts: texts that samples continue.
+    seed: of the weights and all noise.
+  """
+
+  name: str
+  model: DeepSeekV3
+  data: TextCorpus
+  optimizer: AdamW | Muon
+  schedule: Schedule
+  train_steps: int
+  objective: NextToken = NextToken()
+  balance: SignBias | None = SignBias()
+  microbatches: int = 1
+  remat: EveryLayer | SquareRoot | Save | None = None
+  precision: Precision = Float32()
+  mesh: MeshConfig = MeshConfig()
+  rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT)] = FSDP
+  cadence: Cadence = Cadence()
+  prompts: tuple[str, ...] = ()
+  seed: int = 0
+
+  def __post_init__(self):
+    errors = []
+    if self.train_steps < 1:
+      errors.append(f'`train_steps` is {self.train_steps}; expected 1 or more')
+    if self.microbatches < 1:
+      errors.append(f'`microbatches` is {self.microbatches}; expected 1 or more')
+    elif self.data.batch_size % self.microbatches:
+      errors.append(
+        f'`microbatches` is {self.microbatches}, which does not divide data.batch_size '
+        f'{self.data.batch_size}'
+      )
+    if not 0 <= self.seed < 2**32:
+      errors.append(f'`seed` is {self.seed}; expected 0 to {2**32 - 1}')
+    if errors:
+      raise ConfigError(errors)
+
+  def check(self, devices: int) -> list[str]:
+    """Returns everything that is wrong between the parts on `devices` devices, as messages."""
+    errors = []
+    for name, build in (
+      ('schedule', lambda: self.schedule.build(self.train_steps)),
+      ('objective.mtp_schedule', lambda: self.objective.build(self.train_steps)),
+      ('balance', lambda: self.balance and self.balance.build(self.train_steps)),
+      ('mesh', lambda: self.mesh.sizes(devices)),
+    ):
+      try:
+        build()
+      except ConfigError as error:
+        errors += [
+          message if message.startswith(name) else f'{name}: {message}'
+          for message in error.messages
+        ]
+    try:
+      vocab = self.data.tokenizer.build().vocab_size
+      if vocab > self.model.vocab:
+        errors.append(
+          f'model.vocab is {self.model.vocab}, fewer than the {vocab} tokens of data.tokenizer '
+          f'{type(self.data.tokenizer).__name__}'
+        )
+    except ConfigError as error:
+      errors += [f'data.tokenizer: {message}' for message in error.messages]
+    if not any(message.startswith('mesh') for message in errors):
+      errors += self._check_batch(devices)
+    return errors
+
+  def _check_batch(self, devices: int) -> list[str]:
+    sizes = self.mesh.sizes(devices)
+    shards = shard_count(self.rules.batch or None, sizes)
+    rows = self.data.batch_size // self.microbatches
+    if rows % shards:
+      each = f' in each of {self.microbatches} microbatches' if self.microbatches > 1 else ''
+      return [
+        f'data.batch_size {self.data.batch_size} gives {rows} rows{each}, not divisible by the '
+        f'{shards} devices that share the batch (rules.batch {self.rules.batch})'
+      ]
+    return []
+
+
+def resolved(experiment: Experiment, precision: Precision) -> Experiment:
+  """Puts a measured precision in the place of `Fastest`."""
+  if isinstance(experiment.precision, Fastest):
+    return dataclasses.replace(experiment, precision=precision)
+  return experiment

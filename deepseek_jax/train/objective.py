@@ -1,0 +1,151 @@
+"""What training minimises: next-token and further-ahead cross-entropy, and the layers' losses."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.layers.context import Context
+from deepseek_jax.models.decoder import Decoder, shift_left
+from deepseek_jax.ops.losses import chunked_cross_entropy
+from deepseek_jax.optim.schedule import Constant, Schedule, ScheduleFn
+from deepseek_jax.sharding.rules import Rules
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken:
+  """Cross-entropy of the next token, plus that of tokens further ahead where the model has MTP.
+
+  Attributes:
+    mtp_weight: peak weight λ of the mean MTP loss.
+    mtp_schedule: factor on λ over training (DeepSeek-V3: 0.3, then 0.1).
+    chunk: positions of each row whose logits exist at once.
+
+  Source: DeepSeek-V3, arXiv 2412.19437, equations 24 and 25.
+  """
+
+  mtp_weight: float = 0.3
+  mtp_schedule: Schedule = Constant()
+  chunk: int = 128
+
+  def __post_init__(self):
+    errors = []
+    if self.mtp_weight < 0:
+      errors.append(f'`mtp_weight` is {self.mtp_weight}; expected 0 or more')
+    if self.chunk < 1:
+      errors.append(f'`chunk` is {self.chunk}; expected 1 or more positions')
+    if errors:
+      raise ConfigError(errors)
+
+  def build(self, total_steps: int) -> ScheduleFn:
+    """Returns the weight λ at each step, [] float32."""
+    factor = self.mtp_schedule.build(total_steps)
+    return lambda step: self.mtp_weight * factor(step)
+
+
+class Totals(NamedTuple):
+  """Divisors of a whole batch, made before it is cut into microbatches.
+
+  They depend on the data alone. Dividing every sum by them once makes accumulated gradients those
+  of the whole batch; a mean of microbatch means would weigh short documents too much.
+
+  Attributes:
+    targets: [1 + depth] float32, targets of the next token and of each MTP depth.
+    rows: rows B of the batch.
+  """
+
+  targets: jax.Array
+  rows: int
+
+
+def target_weights(batch: Batch, depth: int) -> jax.Array:
+  """Returns the loss weight [1 + depth, B, T] of every target, the next token's first.
+
+  A token `k` further ahead counts only in the same packed document.
+  """
+  weights = [batch.weights]
+  for k in range(1, depth + 1):
+    same = batch.segments == shift_left(batch.segments, k)
+    weights.append(shift_left(batch.weights, k) * same * (batch.segments > 0))
+  return jnp.stack(weights)
+
+
+def batch_totals(batch: Batch, depth: int) -> Totals:
+  """Counts the targets of a batch [B, T] at every depth, and its rows."""
+  targets = jnp.sum(target_weights(batch, depth), axis=(1, 2))
+  return Totals(jnp.maximum(targets, 1.0), batch.tokens.shape[0])
+
+
+def batch_context(batch: Batch, rules: Rules, step: jax.Array | None = None) -> Context:
+  """Returns what the layers need to know about a batch [B, T]."""
+  return Context(
+    tokens=batch.tokens,
+    positions=batch.positions,
+    segments=batch.segments,
+    step=step,
+    rules=rules,
+  )
+
+
+def training_loss(
+  decoder: Decoder,
+  variables: dict[str, Any],
+  batch: Batch,
+  totals: Totals,
+  mtp_weight: jax.Array,
+  context: Context,
+  chunk: int,
+) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
+  """Returns a microbatch's share of the loss, and what it observed.
+
+  Args:
+    decoder: the model.
+    variables: `params` and `buffers`.
+    batch: [B, T] microbatch.
+    totals: divisors of the whole batch.
+    mtp_weight: [] weight λ of the mean MTP loss.
+    context: facts about the microbatch.
+    chunk: positions of each row whose logits exist at once.
+
+  Returns:
+    The scalar to differentiate; a dict of scalars that add up over microbatches (`loss` and
+    `mtp_loss` in nats a token, `auxiliary_loss`); and the collection `observed`.
+  """
+
+  def forward(module: Decoder, context: Context):
+    hidden, _ = module(context)
+    return [hidden, *module.look_ahead(hidden, context)], module.head_matrix()
+
+  (hiddens, head), reported = decoder.apply(
+    variables, context, method=forward, mutable=['losses', 'observed']
+  )
+  depth = len(hiddens) - 1
+  weights = target_weights(batch, depth)
+  with jax.named_scope('vocabulary_loss'):
+    losses = [
+      chunked_cross_entropy(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
+      / totals.targets[k]
+      for k, hidden in enumerate(hiddens)
+    ]
+  auxiliary = sum((jnp.sum(x) for x in jax.tree.leaves(reported.get('losses', {}))), jnp.float32(0))
+  auxiliary /= totals.rows
+  mtp = sum(losses[1:], jnp.float32(0)) / max(depth, 1)
+  total = losses[0] + mtp_weight * mtp + auxiliary
+  scalars = {'loss': losses[0], 'auxiliary_loss': auxiliary}
+  if depth:
+    scalars['mtp_loss'] = mtp
+  return total, (scalars, reported.get('observed', {}))
+
+
+def evaluation_sums(
+  decoder: Decoder, variables: dict[str, Any], batch: Batch, context: Context, chunk: int
+) -> dict[str, jax.Array]:
+  """Returns the summed nats and the number of targets of a batch [B, T], as scalars."""
+  (hidden, head) = decoder.apply(
+    variables, context, method=lambda module, c: (module(c)[0], module.head_matrix())
+  )
+  nats = chunked_cross_entropy(hidden, head, batch.targets, batch.weights, chunk)
+  return {'nats': nats, 'targets': jnp.sum(batch.weights)}

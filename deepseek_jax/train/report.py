@@ -1,0 +1,64 @@
+"""From the arrays a step returns to the numbers a log shows."""
+
+from typing import Any
+
+import numpy as np
+
+from deepseek_jax.core.tree import flatten
+from deepseek_jax.models.decoder import canonical
+from deepseek_jax.models.plan import Segment
+from deepseek_jax.optim.balance import dead_fraction, load_entropy, max_violation
+
+
+def layer_loads(observed: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
+  """Returns the load [E] of every expert layer, by canonical layer address.
+
+  Args:
+    observed: the collection of one step, as NumPy arrays.
+    segments: the plan of the stack.
+  """
+  return _by_layer(observed, segments, 'load')
+
+
+def layer_biases(buffers: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
+  """Returns the selection bias [E] of every expert layer, by canonical layer address."""
+  return _by_layer(buffers, segments, 'selection_bias')
+
+
+def expert_figures(loads: dict[str, np.ndarray], biases: dict[str, np.ndarray]) -> dict[str, Any]:
+  """Returns what a log says of the experts.
+
+  Args:
+    loads: [E] counts by layer.
+    biases: [E] selection biases by layer.
+
+  Returns:
+    `load`: shares of the tokens by layer; and lists with one entry a layer: `max_violation`
+    (busiest expert over the mean, less 1), `dead_fraction` (experts without a token),
+    `load_entropy` (1 is even), `bias_norm`.
+  """
+  if not loads:
+    return {}
+  figures: dict[str, Any] = {
+    'load': {
+      address: (load / max(load.sum(), 1.0)).round(5).tolist() for address, load in loads.items()
+    }
+  }
+  for name, measure in (
+    ('max_violation', max_violation),
+    ('dead_fraction', dead_fraction),
+    ('load_entropy', load_entropy),
+  ):
+    figures[name] = [round(float(measure(load)), 5) for load in loads.values()]
+  if biases:
+    figures['bias_norm'] = [round(float(np.linalg.norm(bias)), 6) for bias in biases.values()]
+  return figures
+
+
+def _by_layer(tree: Any, segments: tuple[Segment, ...], name: str) -> dict[str, np.ndarray]:
+  suffix = f'/feed_forward/router/{name}'
+  return {
+    address.removesuffix(suffix).removesuffix('/block'): np.asarray(leaf)
+    for address, leaf in flatten(canonical(tree, segments)).items()
+    if address.endswith(suffix)
+  }

@@ -1,0 +1,37 @@
+"""What a training step takes and returns."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+
+@struct.dataclass
+class TrainState:
+  """Everything that a run must remember between steps.
+
+  Attributes:
+    step: scalar int32, finished steps.
+    params: nested dict of float32 arrays, the master weights.
+    buffers: nested dict of float32 arrays that rules other than gradients update.
+    opt_state: the optimizer's pytree.
+    ema: averaged weights; may be empty.
+    guard: loss scale, skip counters and spike statistics; may be empty.
+    carry: per-replica error feedback; may be empty.
+  """
+
+  step: jax.Array
+  params: Any
+  buffers: Any
+  opt_state: Any
+  ema: Any = ()
+  guard: Any = ()
+  carry: Any = ()
+
+
+def fresh_state(params: Any, buffers: Any, opt_state: Any) -> TrainState:
+  """Returns the state before the first step; its step is [] int32, zero."""
+  return TrainState(
+    step=jnp.zeros((), jnp.int32), params=params, buffers=buffers, opt_state=opt_state
+  )

@@ -1,0 +1,259 @@
+"""The training step, and everything that is compiled once for a run."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.models.decoder import Decoder, init_variables
+from deepseek_jax.optim.balance import update_buffers
+from deepseek_jax.sharding.mesh import make_mesh
+from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings, tree_specs
+from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.objective import (
+  batch_context,
+  batch_totals,
+  evaluation_sums,
+  training_loss,
+)
+from deepseek_jax.train.state import TrainState, fresh_state
+
+Metrics = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """Pure functions of a run, and how their arrays lie on the mesh.
+
+  Attributes:
+    experiment: what the functions were made from.
+    decoder: the model.
+    mesh: the devices.
+    init: `key -> TrainState`, jitted, each array made where it stays.
+    step: `(state, batch) -> (state, metrics)`, jitted; the state is donated.
+    evaluate: `(params, buffers, batch) -> sums`, jitted.
+    abstract_state: shapes, dtypes and shardings of the state.
+    batch_sharding: of each [B, T] array of a batch.
+    axes: logical axis names of every parameter.
+  """
+
+  experiment: Experiment
+  decoder: Decoder
+  mesh: Mesh
+  init: Callable[[jax.Array], TrainState]
+  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  evaluate: Callable[[Any, Any, Batch], Metrics]
+  abstract_state: TrainState
+  batch_sharding: NamedSharding
+  axes: Any
+
+  def abstract_batch(self) -> Batch:
+    """Returns the shapes of a batch [B, T], with shardings."""
+    data = self.experiment.data
+    shape = (data.batch_size, data.length)
+
+    def leaf(dtype):
+      return jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
+
+    ids = leaf(jnp.int32)
+    return Batch(ids, ids, leaf(jnp.float32), ids, ids, ids)  # type: ignore[arg-type]
+
+
+def build_program(experiment: Experiment, devices: list[jax.Device] | None = None) -> Program:
+  """Builds the functions of a run; compiles nothing and makes no array.
+
+  Raises:
+    ConfigError: the parts do not fit together or onto the mesh; every fault is listed.
+  """
+  devices = jax.devices() if devices is None else devices
+  errors = experiment.check(len(devices))
+  if errors:
+    raise ConfigError(errors)
+  mesh = make_mesh(experiment.mesh, devices)
+  decoder = experiment.model.build(
+    dtype=jnp.dtype(experiment.precision.compute), remat=experiment.remat
+  )
+  boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
+  axes = logical_axes(boxed)
+  schedule = experiment.schedule.build(experiment.train_steps)
+  optimizer = experiment.optimizer.build(schedule, axes['params'])
+
+  def init(key: jax.Array) -> TrainState:
+    variables = nn.meta.unbox(init_variables(decoder, key))
+    params, buffers = variables['params'], variables['buffers']
+    return fresh_state(params, buffers, optimizer.init(params))
+
+  shapes = jax.eval_shape(init, jax.random.key(0))
+  specs = state_specs(experiment, shapes, axes)
+  sizes = {str(axis): size for axis, size in mesh.shape.items()}
+  errors = check_divisible(shapes, specs, sizes)
+  if errors:
+    raise ConfigError(errors)
+  shardings = tree_shardings(mesh, specs)
+  batch_sharding = NamedSharding(mesh, experiment.rules.spec(('batch', 'seq')))
+  replicated = NamedSharding(mesh, PartitionSpec())
+  step = make_step(experiment, decoder, optimizer)
+  evaluate = make_evaluate(experiment, decoder)
+  return Program(
+    experiment=experiment,
+    decoder=decoder,
+    mesh=mesh,
+    init=on_mesh(mesh, jax.jit(init, out_shardings=shardings)),
+    step=on_mesh(
+      mesh,
+      jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+      ),
+    ),
+    evaluate=on_mesh(mesh, jax.jit(evaluate, out_shardings=replicated)),
+    abstract_state=jax.tree.map(
+      lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+      shapes,
+      shardings,
+    ),
+    batch_sharding=batch_sharding,
+    axes=axes['params'],
+  )
+
+
+class on_mesh:  # noqa: N801 - reads as a function
+  """A jitted function that is always traced and run on its mesh."""
+
+  def __init__(self, mesh: Mesh, function: Any):
+    """Keeps the mesh and the function."""
+    self.mesh, self.function = mesh, function
+
+  def __call__(self, *arguments: Any) -> Any:
+    """Calls the function."""
+    with jax.set_mesh(self.mesh):
+      return self.function(*arguments)
+
+  def lower(self, *arguments: Any) -> Any:
+    """Lowers the function for arguments or their shapes."""
+    with jax.set_mesh(self.mesh):
+      return self.function.lower(*arguments)
+
+
+def make_step(
+  experiment: Experiment, decoder: Decoder, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """Returns the pure training step, not yet jitted."""
+  total_steps = experiment.train_steps
+  depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
+  mtp_weight = experiment.objective.build(total_steps)
+  factor = experiment.schedule.build(total_steps)
+  bias_rate = None if experiment.balance is None else experiment.balance.build(total_steps)
+
+  def gradients(state: TrainState, batch: Batch) -> tuple[Any, Metrics, Any]:
+    totals = batch_totals(batch, depth)
+    weight = mtp_weight(state.step)
+
+    def loss(params: Any, part: Batch):
+      context = batch_context(part, experiment.rules, state.step)
+      variables = {'params': params, 'buffers': state.buffers}
+      chunk = experiment.objective.chunk
+      return training_loss(decoder, variables, part, totals, weight, context, chunk)
+
+    differentiate = jax.grad(loss, has_aux=True)
+    if experiment.microbatches == 1:
+      grads, (scalars, observed) = differentiate(state.params, batch)
+      return grads, scalars, observed
+
+    def accumulate(sums: Any, part: Batch):
+      grads, (scalars, observed) = differentiate(state.params, part)
+      return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
+
+    parts = split_rows(batch, experiment.microbatches)
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(differentiate, state.params, first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
+    return jax.lax.scan(accumulate, zeros, parts)[0]
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    grads, scalars, observed = gradients(state, batch)
+    with jax.named_scope('optimizer'):
+      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      params = optax.apply_updates(state.params, updates)
+    buffers = state.buffers
+    if bias_rate is not None:
+      buffers = update_buffers(buffers, observed, bias_rate(state.step))
+    metrics = {
+      **scalars,
+      'grad_norm': optax.global_norm(grads),
+      'learning_rate': experiment.optimizer.peak_lr * factor(state.step),
+      'tokens': jnp.sum(batch.weights),
+      'observed': observed,
+      'bias': buffers,
+    }
+    new = state.replace(step=state.step + 1, params=params, buffers=buffers, opt_state=opt_state)
+    return new, metrics
+
+  return step
+
+
+def make_evaluate(experiment: Experiment, decoder: Decoder) -> Callable[..., Metrics]:
+  """Returns the pure evaluation of one batch [B, T]: summed nats and targets."""
+
+  def evaluate(params: Any, buffers: Any, batch: Batch) -> Metrics:
+    context = batch_context(batch, experiment.rules)
+    variables = {'params': params, 'buffers': buffers}
+    return evaluation_sums(decoder, variables, batch, context, experiment.objective.chunk)
+
+  return evaluate
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+  """Cuts [B, T] into [parts, B / parts, T], every part with rows of every device.
+
+  Neighbouring rows lie on one device: taking every parts-th row moves nothing between devices.
+  """
+  return jax.tree.map(
+    lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
+  )
+
+
+def state_specs(experiment: Experiment, shapes: TrainState, axes: dict[str, Any]) -> TrainState:
+  """Returns the partition spec of every array of the state.
+
+  An array of the optimizer that lies at a parameter's address has the parameter's layout.
+  """
+  params = tree_specs(experiment.rules, axes['params'])
+  buffers = tree_specs(experiment.rules, axes['buffers'])
+  table = {
+    _names(path): spec
+    for path, spec in jax.tree_util.tree_leaves_with_path(
+      params, is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
+  }
+
+  def optimizer_spec(path, leaf):
+    names = _names(path)
+    for start in range(len(names)):
+      spec = table.get(names[start:])
+      if spec is not None and len(spec) == leaf.ndim:
+        return spec
+    return PartitionSpec()
+
+  return TrainState(
+    step=PartitionSpec(),  # type: ignore[arg-type]
+    params=params,
+    buffers=buffers,
+    opt_state=jax.tree_util.tree_map_with_path(optimizer_spec, shapes.opt_state),
+    ema=jax.tree.map(lambda _: PartitionSpec(), shapes.ema),
+    guard=jax.tree.map(lambda _: PartitionSpec(), shapes.guard),
+    carry=jax.tree.map(lambda _: PartitionSpec(), shapes.carry),
+  )
+
+
+def _names(path: Any) -> tuple[str, ...]:
+  return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)

@@ -1,0 +1,116 @@
+"""The folder of a run: what is in it, and whether a run may go on in it."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from typing import Any
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.precision import Fastest
+from deepseek_jax.core.serialise import Change, difference, from_json, to_json, to_module
+from deepseek_jax.train.experiment import Experiment
+
+FATAL = ('model', 'data', 'seed', 'optimizer')
+"""Parts of an experiment that a run in progress cannot change: its state would not fit, or its
+data would start over."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+  """Paths of a run.
+
+  Attributes:
+    path: the folder.
+  """
+
+  path: pathlib.Path
+
+  @property
+  def config(self) -> pathlib.Path:
+    """The experiment as JSON."""
+    return self.path / 'config.json'
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """The folder of checkpoints."""
+    return self.path / 'checkpoints'
+
+  @property
+  def evaluations(self) -> pathlib.Path:
+    """Held-out figures, one JSON object a line."""
+    return self.path / 'evaluations.jsonl'
+
+  @property
+  def samples(self) -> pathlib.Path:
+    """Continuations of the prompts, one JSON object a line."""
+    return self.path / 'samples.jsonl'
+
+  def read(self) -> Experiment | None:
+    """Returns the experiment that runs here, or None where there is none yet.
+
+    Raises:
+      ConfigError: the folder holds something else, or cannot be read.
+    """
+    try:
+      if self.path.exists() and not self.path.is_dir():
+        raise ConfigError(f'workdir {self.path} is a file; expected a folder')
+      if not self.config.exists():
+        if self.path.exists() and any(self.path.iterdir()):
+          raise ConfigError(
+            f'workdir {self.path} is not empty and has no config.json; expected an empty folder '
+            'or an earlier run'
+          )
+        return None
+      found = from_json(json.loads(self.config.read_text(encoding='utf-8')))
+    except OSError as error:
+      raise ConfigError(f'workdir {self.path}: {error.strerror}') from error
+    except json.JSONDecodeError as error:
+      raise ConfigError(f'{self.config}: not JSON: {error}') from error
+    if not isinstance(found, Experiment):
+      raise ConfigError(f'{self.config}: expected an Experiment, found {type(found).__name__}')
+    return found
+
+  def write(self, experiment: Experiment) -> None:
+    """Writes `config.json`, and `config.py` that repeats the run."""
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+      _replace(self.config, json.dumps(to_json(experiment), indent=2) + '\n')
+      _replace(self.path / 'config.py', to_module(experiment))
+    except OSError as error:
+      raise ConfigError(f'workdir {self.path}: {error.strerror}') from error
+
+
+def compare(old: Experiment, new: Experiment) -> list[Change]:
+  """Lists what a run would change, and refuses what it cannot.
+
+  Args:
+    old: the experiment of the workdir.
+    new: the experiment asked for; a precision still to be measured takes the old one.
+
+  Raises:
+    ConfigError: a fatal part differs.
+  """
+  if isinstance(new.precision, Fastest):
+    new = dataclasses.replace(new, precision=old.precision)
+  changes = difference(old, new)
+  fatal = [change for change in changes if change.path.split('.')[0] in FATAL]
+  if fatal:
+    raise ConfigError(
+      [
+        *(f'{change} — the run in this workdir cannot change that' for change in fatal),
+        'start in another --workdir, or ask for what the run began with',
+      ]
+    )
+  return changes
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Replaces a JSON file whole."""
+  _replace(path, json.dumps(content, indent=2) + '\n')
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+  fresh = path.with_name(path.name + '.new')
+  fresh.write_text(text, encoding='utf-8')
+  os.replace(fresh, path)
