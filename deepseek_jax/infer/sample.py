@@ -87,4 +87,26 @@ class Sample:
     return sampling.sample(logits, key)
 
 
-Sampler = Greedy | Sample
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Within:
+  """Takes only the first ids of the vocabulary, as another kind chooses among them.
+
+  Attributes:
+    vocab: ids from 0 that may be chosen.
+    sampler: the kind that chooses.
+  """
+
+  vocab: int
+  sampler: 'Sampler'
+
+  def __post_init__(self):
+    """Refuses an empty vocabulary."""
+    if self.vocab < 1:
+      raise ConfigError(f'Within.vocab: found {self.vocab}, expected at least 1 id')
+
+  def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
+    """Chooses one token a row: logits [B, V], typed keys [B] -> int32 [B]."""
+    return self.sampler(logits[:, : self.vocab], key)
+
+
+Sampler = Greedy | Sample | Within

@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 BATCH_AXES = ('layers', 'stage', 'expert', 'lanes')
 """Axes along which a weight is a stack of independent matrices."""
@@ -36,7 +37,7 @@ def weight(
   shape: Sequence[int],
   axes: Sequence[str | None],
   *,
-  dtype: jnp.dtype,
+  dtype: DTypeLike,
   inputs: int = 1,
   gain: float = 1.0,
 ) -> jax.Array:

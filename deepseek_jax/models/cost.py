@@ -1,8 +1,9 @@
 """What a model costs: parameters by part, and FLOPs a token."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -13,7 +14,8 @@ from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 
 
-class Weight(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Weight:
   """One parameter array of a model.
 
   Attributes:
@@ -29,7 +31,7 @@ class Weight(NamedTuple):
   used: float
 
   @property
-  def count(self) -> int:
+  def size(self) -> int:
     """Number of parameters."""
     return math.prod(self.shape)
 
@@ -66,7 +68,7 @@ def _blocks(family: Family, remat: Remat | None) -> Iterator[tuple[str, Block]]:
 
 def active_parameters(weights: list[Weight]) -> int:
   """Returns the parameters that one token is multiplied with, MTP modules included."""
-  return round(sum(w.count * w.used for w in weights if w.is_matrix))
+  return round(sum(w.size * w.used for w in weights if w.is_matrix))
 
 
 def forward_flops(family: Family, weights: list[Weight], length: int) -> float:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context, text_context
 from deepseek_jax.layers.embedding import Embedding
@@ -19,9 +20,17 @@ from deepseek_jax.models.stack import Stack, empty_caches
 class Family(Protocol):
   """What a model family's config offers."""
 
-  width: int
-  vocab: int
-  mtp: MTP | None
+  @property
+  def width(self) -> int:
+    """Channels D of the residual stream."""
+
+  @property
+  def vocab(self) -> int:
+    """Entries V of the vocabulary."""
+
+  @property
+  def mtp(self) -> MTP | None:
+    """Multi-token prediction in training, or None."""
 
   def layers(self) -> list[Block]:
     """Returns the layers, first to last."""
@@ -34,7 +43,7 @@ class Head(nn.Module):
   vocab: int
 
   @nn.compact
-  def __call__(self, dtype: jnp.dtype) -> jax.Array:
+  def __call__(self, dtype: DTypeLike) -> jax.Array:
     """Returns the matrix [D, V] in `dtype`."""
     return weight(self, 'weight', (self.width, self.vocab), ('embed', 'vocab'), dtype=dtype)
 
@@ -49,7 +58,7 @@ class Decoder(nn.Module):
   """
 
   config: Family
-  dtype: jnp.dtype = jnp.float32
+  dtype: DTypeLike = jnp.float32
   remat: Remat | None = None
 
   def setup(self):
@@ -126,7 +135,7 @@ def init_variables(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
   return {'params': variables['params'], 'buffers': variables.get('buffers', {})}
 
 
-def decoder_caches(family: Family, batch: int, length: int, dtype: jnp.dtype = jnp.float32) -> Any:
+def decoder_caches(family: Family, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Any:
   """Returns empty caches for `batch` sequences of up to `length` tokens, [B, …] each."""
   return empty_caches(plan_segments(family), batch, length, dtype)
 

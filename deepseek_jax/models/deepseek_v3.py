@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.gated import Gated
@@ -73,6 +74,6 @@ class DeepSeekV3:
     sparse = self.depth - self.dense_layers
     return [block(self.dense)] * self.dense_layers + [block(self.feed_forward)] * sparse
 
-  def build(self, dtype: jnp.dtype = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
     """Returns the module: tokens [B, T] -> hidden states [B, T, D]."""
     return Decoder(self, dtype, remat)

@@ -1,6 +1,7 @@
 """From a list of layers to a few scans, and from scans back to single layers."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -116,9 +117,8 @@ def unstack(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]
         continue
       for repeat in range(part.repeats):
         index = start + repeat * len(part.pattern) + place
-        layers[str(index)] = _map(
-          lambda x, r=repeat: x if part.repeats == 1 else _pick(x, r), block
-        )
+        pick = functools.partial(_pick, index=repeat)
+        layers[str(index)] = block if part.repeats == 1 else _map(pick, block)
     start += part.layers
   return {key: layers[key] for key in sorted(layers, key=int)}
 

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context
 from deepseek_jax.models.plan import Block, Segment
@@ -87,7 +88,7 @@ class Stack(nn.Module):
     return stream, None if caches is None else tuple(written)
 
 
-def empty_caches(segments: Sequence[Segment], batch: int, length: int, dtype: jnp.dtype) -> Any:
+def empty_caches(segments: Sequence[Segment], batch: int, length: int, dtype: DTypeLike) -> Any:
   """Returns empty caches for a stack: [B, …] each, or [repeats, B, …] in a scanned segment."""
 
   def repeat(cache, times):

@@ -47,7 +47,11 @@ class Rules:
   def __post_init__(self):
     errors = []
     for field in dataclasses.fields(self):
-      for axis in getattr(self, field.name):
+      axes = getattr(self, field.name)
+      if not isinstance(axes, tuple):
+        errors.append(f"`{field.name}` is {axes!r}; expected a tuple of mesh axes like ('data',)")
+        continue
+      for axis in axes:
         if axis not in MESH_AXES:
           errors.append(f'`{field.name}` maps to `{axis}`; {_near(axis, MESH_AXES)}')
     if errors:
@@ -136,11 +140,15 @@ def shard_count(spec_entry: Any, sizes: dict[str, int]) -> int:
 
 
 def check_divisible(shapes: Any, specs: Any, sizes: dict[str, int]) -> list[str]:
-  """Lists every axis of every array that its mesh axes do not divide, with its address."""
+  """Lists every axis of every array that its mesh axes do not divide, with its address.
+
+  Raises:
+    ValueError: there are not as many specs as shapes.
+  """
   errors = []
   flat_specs = jax.tree.leaves(specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
   flat_shapes = jax.tree_util.tree_leaves_with_path(shapes)
-  for (path, leaf), spec in zip(flat_shapes, flat_specs):
+  for (path, leaf), spec in zip(flat_shapes, flat_specs, strict=True):
     for place, (size, entry) in enumerate(zip(leaf.shape, spec)):
       pieces = shard_count(entry, sizes)
       if size % pieces:

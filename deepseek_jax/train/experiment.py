@@ -134,16 +134,25 @@ class Experiment:
     return errors
 
   def _check_batch(self, devices: int) -> list[str]:
-    sizes = self.mesh.sizes(devices)
-    shards = shard_count(self.rules.batch or None, sizes)
+    try:
+      spec = self.rules.spec(('batch', 'seq'))
+    except ConfigError as error:
+      return [f'rules: {message}' for message in error.messages]
+    errors = []
+    row_shards, token_shards = (shard_count(entry, self.mesh.sizes(devices)) for entry in spec)
     rows = self.data.batch_size // self.microbatches
-    if rows % shards:
+    if rows % row_shards:
       each = f' in each of {self.microbatches} microbatches' if self.microbatches > 1 else ''
-      return [
+      errors.append(
         f'data.batch_size {self.data.batch_size} gives {rows} rows{each}, not divisible by the '
-        f'{shards} devices that share the batch (rules.batch {self.rules.batch})'
-      ]
-    return []
+        f'{row_shards} devices that share the batch (rules.batch {self.rules.batch})'
+      )
+    if self.data.length % token_shards:
+      errors.append(
+        f'data.length is {self.data.length}, not divisible by the {token_shards} devices that '
+        f'share a sequence (rules.seq {self.rules.seq})'
+      )
+    return errors
 
 
 def resolved(experiment: Experiment, precision: Precision) -> Experiment:

@@ -5,7 +5,9 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.interface import Cache
@@ -18,8 +20,7 @@ from deepseek_jax.layers.attention.latent import (
 )
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.ops.attention.reference import keep_highest, visible
-
+from deepseek_jax.ops.attention.reference import keep_highest, kept_counts, visible
 
 LATER_WINS = 2.0**-16
 """Rank that a token gains over the one before it."""
@@ -50,10 +51,15 @@ class Gated(Latent):
     return GatedAttention(self, name=name)
 
   def visible_tokens(self, length: int) -> float:
-    """Mean number of tokens that a token of a `length`-token segment attends to."""
-    return self.keep * (length + 1) / 2 + 1
+    """Mean number of tokens that a token of a `length`-token segment attends to.
 
-  def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> 'GatedCache':
+    The gate's favourites, and the token itself where it is not among them; every token is as
+    likely to be as any other.
+    """
+    visible, kept = np.arange(1, length + 1), kept_counts(self.keep, length)[1:]
+    return float(np.mean(kept + 1 - kept / visible))
+
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'GatedCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     kept = empty_latent_cache(self, batch, length, dtype)
     return GatedCache(tokens=kept, gate=jnp.zeros((batch, length), jnp.float32))
@@ -73,6 +79,8 @@ class GatedCache:
 
 class GatedAttention(LatentAttention):
   """[B, T, D] -> [B, T, D]; the gate is causal, since a token's score is its own."""
+
+  config: Gated
 
   @nn.compact
   def __call__(

@@ -4,7 +4,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context
 
@@ -28,7 +28,7 @@ class AttentionConfig(Protocol):
     and tokens of segment 0 (padding) leave no trace.
     """
 
-  def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Cache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
     """Returns the cache of `batch` sequences of up to `length` tokens, holding nothing."""
 
   def cache_axes(self) -> Any:

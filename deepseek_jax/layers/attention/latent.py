@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.interface import Cache
@@ -93,7 +94,7 @@ class LatentCache:
     )
 
 
-def empty_latent_cache(config: Latent, batch: int, slots: int, dtype: jnp.dtype) -> LatentCache:
+def empty_latent_cache(config: Latent, batch: int, slots: int, dtype: DTypeLike) -> LatentCache:
   """Returns a latent cache of `slots` [B, S] that holds nothing."""
   return LatentCache(
     latent=jnp.zeros((batch, slots, config.latent), dtype),
@@ -216,7 +217,7 @@ class MLA(Latent):
     """Returns the module."""
     return MLAttention(self, name=name)
 
-  def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> LatentCache:
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     return empty_latent_cache(self, batch, length, dtype)
 

@@ -5,6 +5,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.interface import Cache
@@ -52,7 +53,7 @@ class Window(Latent):
     ring, sinks = self.size, self.sinks
     return sum(min(t + 1, ring) + min(max(t + 1 - ring, 0), sinks) for t in range(length)) / length
 
-  def empty_cache(self, batch: int, length: int, dtype: jnp.dtype) -> LatentCache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> LatentCache:
     """Returns an empty cache: slots for the sinks, then a ring of `size`; at most `length`."""
     return empty_latent_cache(self, batch, min(self.sinks + self.size, length), dtype)
 
@@ -63,6 +64,8 @@ class Window(Latent):
 
 class WindowAttention(LatentAttention):
   """[B, T, D] -> [B, T, D], over a cache that forgets what left the window."""
+
+  config: Window
 
   @nn.compact
   def __call__(
@@ -81,8 +84,7 @@ class WindowAttention(LatentAttention):
       # block itself, then write.
       own = jnp.where(context.real, positions, -1)
       key_positions = jnp.concatenate([cache.positions, own], axis=1)
-      old = (cache.latent, cache.rope_key)
-      key = tuple(jnp.concatenate([a, b.astype(a.dtype)], axis=1) for a, b in zip(old, new))
+      key = (_extend(cache.latent, new[0]), _extend(cache.rope_key, new[1]))
       mask = visible(positions, key_positions)
       cache = cache.write(self.slots(own, cache.positions.shape[1]), *new, positions)
     mask &= window_mask(positions, key_positions, size, sinks)
@@ -101,3 +103,8 @@ class WindowAttention(LatentAttention):
     kept = (positions >= sinks) & (positions > last - ring)
     slot = jnp.where(positions < sinks, positions, jnp.where(kept, turn, slots))
     return jnp.where(positions < 0, slots, slot)
+
+
+def _extend(old: jax.Array, new: jax.Array) -> jax.Array:
+  """Puts new tokens [B, T, C] after remembered ones [B, S, C], in the dtype of the latter."""
+  return jnp.concatenate([old, new.astype(old.dtype)], axis=1)

@@ -4,7 +4,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
@@ -84,7 +84,7 @@ class MoEFeedForward(nn.Module):
       routed += shared(x, context)
     return routed
 
-  def matrices(self, width: int, dtype: jnp.dtype) -> ExpertWeights:
+  def matrices(self, width: int, dtype: DTypeLike) -> ExpertWeights:
     """Declares the experts' weights: gate and up [E, D, F], down [E, F, D]."""
     c = self.config
     inward, outward = (

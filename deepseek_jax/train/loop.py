@@ -1,0 +1,237 @@
+"""The loop of a run: restore, then step, log, evaluate, sample and save until it is done."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from deepseek_jax.core.serialise import to_json
+from deepseek_jax.data.pipeline import TextData
+from deepseek_jax.models.cost import training_flops, weights_of
+from deepseek_jax.models.decoder import plan_segments
+from deepseek_jax.train import report
+from deepseek_jax.train.checkpoint import Checkpoints
+from deepseek_jax.train.display import Display
+from deepseek_jax.train.evaluate import Evaluation, bits_per_byte, evaluate
+from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.interrupt import Stop, in_background
+from deepseek_jax.train.metrics import JsonLines, MetricWriter
+from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.step import Metrics, Program, build_program
+from deepseek_jax.train.throughput import Clock, measure_matmul_peak, peak_memory_bytes
+from deepseek_jax.train.workdir import Workdir
+
+Sampler = Callable[[Any, Any], list[dict[str, Any]]]
+"""`(params, buffers) -> rows`: continuations of the prompts; handed in, since generation is not
+training's business."""
+
+
+class Outcome(NamedTuple):
+  """How a run ended.
+
+  Attributes:
+    step: finished steps.
+    stopped_by: the signal that ended it early, or None.
+    evaluation: held-out figures after the last step, or None where it ended early.
+  """
+
+  step: int
+  stopped_by: str | None
+  evaluation: Evaluation | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """What the parts of the loop share."""
+
+  experiment: Experiment
+  program: Program
+  data: TextData
+  workdir: Workdir
+  writer: MetricWriter
+  checkpoints: Checkpoints
+  clock: Clock
+  flops_per_token: float
+  peak_flops: float
+  sample: Sampler | None
+  started: float
+
+
+def train(
+  experiment: Experiment,
+  workdir: Workdir,
+  cache_dir: pathlib.Path,
+  display: Display,
+  sample: Callable[[Program, TextData], Sampler] | None = None,
+) -> Outcome:
+  """Trains until the last step, or until a signal says to stop; goes on where an earlier run was.
+
+  Args:
+    experiment: what to run; its precision is one that computes.
+    workdir: the folder of the run, with its config written.
+    cache_dir: folder for tokens and pack plans.
+    display: what the terminal shows.
+    sample: makes the function that continues the prompts, or None.
+
+  Raises:
+    ConfigError: the experiment, its text or its checkpoints do not fit.
+    StoppedEarlyError: a signal came before the first new step; there was nothing to save.
+  """
+  program = build_program(experiment)
+  display.message('reading the text …')
+  data = experiment.data.prepare(cache_dir)
+  weights = weights_of(
+    experiment.model, program.abstract_state.params, program.axes, experiment.remat
+  )
+  checkpoints = Checkpoints(workdir.checkpoints, experiment.cadence.keep, 'bits_per_byte')
+  writer = MetricWriter(workdir.path, display)
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(writer)
+    stack.enter_context(checkpoints)
+    stop = stack.enter_context(Stop())
+    start = checkpoints.latest() or 0
+    rewind(workdir, writer, start)
+    if start >= experiment.train_steps:
+      display.message(f'nothing to do: {start} of {experiment.train_steps} steps are done')
+      return Outcome(start, None, None)
+    display.message(f'going on after step {start} …' if start else 'compiling the training step …')
+    step, state, peak = in_background(lambda: _prepare(program, checkpoints, start), stop)
+    data_spec = experiment.data
+    run = _Run(
+      experiment=experiment,
+      program=program,
+      data=data,
+      workdir=workdir,
+      writer=writer,
+      checkpoints=checkpoints,
+      clock=Clock(data_spec.batch_size * data_spec.length),
+      flops_per_token=training_flops(experiment.model, weights, data_spec.length),
+      peak_flops=peak * len(program.mesh.devices.flat),
+      sample=None if sample is None else sample(program, data),
+      started=time.perf_counter(),
+    )
+    return _loop(run, step, state, start, stop)
+
+
+def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
+  """Drops log rows of steps that the checkpoint does not know of: they will be run again."""
+  writer.truncate(step)
+  for path in (workdir.evaluations, workdir.samples):
+    JsonLines(path).truncate(step)
+
+
+def _prepare(
+  program: Program, checkpoints: Checkpoints, start: int
+) -> tuple[Callable[..., Any], TrainState, float]:
+  """Compiles the step, and makes or restores the state."""
+  compiled = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
+  if start:
+    state = checkpoints.restore(program.abstract_state, start).state
+  else:
+    state = program.init(jax.random.key(program.experiment.seed))
+  dtype = program.experiment.precision.compute
+  peak = measure_matmul_peak(dtype, seconds=0.5)
+  return compiled, state, peak
+
+
+def _loop(
+  run: _Run, step: Callable[..., Any], state: TrainState, start: int, stop: Stop
+) -> Outcome:
+  """Dispatches one step ahead of the one whose results are read."""
+  total, cadence = run.experiment.train_steps, run.experiment.cadence
+  batches = run.data.train_batches(start)
+  pending: tuple[int, Metrics] | None = None
+  evaluation: Evaluation | None = None
+  for done in range(start + 1, total + 1):
+    batch = jax.device_put(next(batches), run.program.batch_sharding)
+    state, metrics = step(state, batch)
+    _finish(run, pending)
+    pending = (done, metrics)
+    last = done == total
+    halt = stop.requested is not None
+    evaluating = last or _due(done, cadence.evaluate)
+    saving = last or halt or _due(done, cadence.save)
+    if not (evaluating or saving or _due(done, cadence.sample)):
+      continue
+    _finish(run, pending)
+    pending = None
+    with run.clock.pause():
+      try:
+        evaluation = None
+        if evaluating and not halt:
+          evaluation = _evaluate(run, state, done, last)
+        if (last or _due(done, cadence.sample)) and not halt:
+          _sample(run, state, done)
+      finally:
+        # What was trained is saved even where evaluating it fails.
+        if saving:
+          _save(run, state, done, evaluation)
+    if halt and not last:
+      run.checkpoints.wait()
+      run.writer.display.message(f'{stop.requested}: saved step {done} of {total}')
+      return Outcome(done, stop.requested, None)
+  return Outcome(total, None, evaluation)
+
+
+def _due(step: int, every: int | None) -> bool:
+  return every is not None and step % every == 0
+
+
+def _finish(run: _Run, pending: tuple[int, Metrics] | None) -> None:
+  """Waits for a dispatched step, counts it, and logs it if its turn has come."""
+  if pending is None:
+    return
+  step, metrics = pending
+  jax.block_until_ready(metrics['loss'])
+  run.clock.tick(step)
+  if step == 1 or step == run.experiment.train_steps or _due(step, run.experiment.cadence.log):
+    run.writer.write(step, _numbers(run, step, jax.device_get(metrics)))
+
+
+def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
+  """Returns the row of a finished step."""
+  segments = plan_segments(run.experiment.model, run.experiment.remat)
+  loads = report.layer_loads(metrics.pop('observed'), segments)
+  biases = report.layer_biases(metrics.pop('bias'), segments)
+  row = {name: float(value) for name, value in metrics.items()}
+  row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
+  rate = run.clock.tokens_per_second
+  if rate is not None:
+    row['tokens_per_second'] = rate
+    row['mfu'] = rate * run.flops_per_token / run.peak_flops
+    row['seconds_left'] = run.clock.seconds_left(run.experiment.train_steps) or 0.0
+  row['elapsed_seconds'] = time.perf_counter() - run.started
+  row['peak_memory_bytes'] = peak_memory_bytes()
+  return {**row, **report.expert_figures(loads, biases)}
+
+
+def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation:
+  batches = None if last else run.experiment.cadence.evaluate_batches
+  result = evaluate(run.program, state.params, state.buffers, run.data.heldout, batches)
+  row = {'step': step, **result._asdict(), 'all': batches is None}
+  JsonLines(run.workdir.evaluations).append(row)
+  run.writer.write_scalars(step, 'heldout', {'bits_per_byte': result.bits_per_byte})
+  run.writer.display.message(
+    f'step {step}  held-out bits/byte {result.bits_per_byte:.4f}  loss {result.loss:.4f}'
+  )
+  return result
+
+
+def _sample(run: _Run, state: TrainState, step: int) -> None:
+  if run.sample is None:
+    return
+  for row in run.sample(state.params, state.buffers):
+    JsonLines(run.workdir.samples).append({'step': step, **row})
+    run.writer.display.message(f'sample: {row["prompt"]}{row["text"]!r}')
+
+
+def _save(run: _Run, state: TrainState, step: int, evaluation: Evaluation | None) -> None:
+  if step in run.checkpoints:
+    return
+  metrics = {} if evaluation is None else {'bits_per_byte': evaluation.bits_per_byte}
+  config = to_json(run.experiment)
+  run.checkpoints.save(step, state, {'step': step}, config, metrics)

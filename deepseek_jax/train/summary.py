@@ -1,0 +1,139 @@
+"""What a run would be, in words and numbers, before it is one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from deepseek_jax.core.describe import bytes_text, si, table
+from deepseek_jax.core.tree import bytes_of
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.models.cost import (
+  Weight,
+  active_parameters,
+  forward_flops,
+  training_flops,
+  weights_of,
+)
+from deepseek_jax.models.decoder import plan_segments
+from deepseek_jax.models.plan import Segment
+from deepseek_jax.sharding.rules import shard_count
+from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.step import Program
+
+
+def describe_plan(segments: Sequence[Segment]) -> str:
+  """Returns one line a segment: which layers, how often, of what kinds."""
+  rows, start = [], 0
+  for part in segments:
+    kinds = ' | '.join(
+      f'{type(block.attention).__name__} + {type(block.feed_forward).__name__}'
+      for block in part.pattern
+    )
+    rows.append((f'{start}–{start + part.layers - 1}', f'×{part.repeats}', kinds))
+    start += part.layers
+  return table(rows, ('layers', 'scan', 'blocks'))
+
+
+def describe_parameters(weights: Sequence[Weight]) -> str:
+  """Returns a table of every parameter array: address, shape, axes, count."""
+  rows = [
+    (
+      weight.address,
+      '×'.join(map(str, weight.shape)),
+      ' '.join(axis or '·' for axis in weight.axes),
+      f'{weight.size:,}',
+    )
+    for weight in weights
+  ]
+  return table(rows, ('address', 'shape', 'axes', 'parameters'))
+
+
+def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
+  """Returns parameters, FLOPs a token, and tokens of the whole run."""
+  model, data = experiment.model, experiment.data
+  step_tokens = data.batch_size * data.length
+  forward = forward_flops(model, list(weights), data.length)
+  training = training_flops(model, list(weights), data.length)
+  rows = [
+    ('parameters', si(sum(weight.size for weight in weights))),
+    ('of them met by a token', si(active_parameters(list(weights)))),
+    ('forward FLOPs a token', si(forward)),
+    ('training FLOPs a token', si(training)),
+    ('tokens a step', f'{step_tokens:,} ({data.batch_size} rows of {data.length})'),
+    ('tokens of the run', si(step_tokens * experiment.train_steps)),
+    ('training FLOPs of the run', si(training * step_tokens * experiment.train_steps)),
+  ]
+  return table(rows, ('cost', ''))
+
+
+def describe_memory(program: Program, compile_step: bool) -> str:
+  """Returns bytes a device needs: the state exactly, and the step's if it is compiled.
+
+  Args:
+    program: the functions of the run.
+    compile_step: whether to compile the training step and ask the compiler.
+  """
+  sizes = {str(axis): size for axis, size in program.mesh.shape.items()}
+
+  def local(tree: Any) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+      pieces = 1
+      for entry in leaf.sharding.spec:
+        pieces *= shard_count(entry, sizes)
+      total += bytes_of(leaf) // pieces
+    return total
+
+  state = program.abstract_state
+  rows = [
+    ('parameters', bytes_text(local(state.params))),
+    ('optimizer state', bytes_text(local(state.opt_state))),
+    ('gradients', bytes_text(local(state.params))),
+  ]
+  if compile_step:
+    compiled = program.step.lower(state, program.abstract_batch()).compile()
+    stats = compiled.memory_analysis()
+    rows += [
+      ('temporaries of the step, gradients among them', bytes_text(stats.temp_size_in_bytes)),
+      (
+        'peak of the step',
+        bytes_text(
+          stats.temp_size_in_bytes
+          + stats.argument_size_in_bytes
+          + stats.output_size_in_bytes
+          - stats.alias_size_in_bytes
+        ),
+      ),
+    ]
+  else:
+    rows.append(('temporaries of the step', 'not compiled: too many parameters for this machine'))
+  return table(rows, ('memory per device', ''))
+
+
+def describe_batch(batch: Batch) -> str:
+  """Returns shapes, dtypes and the first numbers of a batch's [B, T] arrays."""
+  rows = [
+    (name, str(tuple(value.shape)), str(value.dtype), ' '.join(map(str, value[0, :8].tolist())))
+    for name, value in vars(batch).items()
+  ]
+  return table(rows, ('batch', 'shape', 'dtype', 'first row begins'))
+
+
+def experiment_weights(program: Program) -> list[Weight]:
+  """Returns the parameters [...] of a run's model with their axes."""
+  experiment = program.experiment
+  return weights_of(experiment.model, program.abstract_state.params, program.axes, experiment.remat)
+
+
+def describe_program(program: Program) -> str:
+  """Returns plan, parameters and cost of a run."""
+  weights = experiment_weights(program)
+  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  return '\n\n'.join(
+    (
+      describe_plan(segments),
+      describe_parameters(weights),
+      describe_cost(program.experiment, weights),
+    )
+  )

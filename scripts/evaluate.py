@@ -1,0 +1,85 @@
+"""Measures a trained model on held-out text, beside compressors and n-gram models."""
+
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from scripts import launch
+
+USAGE = """
+Measures a trained model on held-out text.
+
+  python scripts/evaluate.py --workdir=runs/first [--step=300]
+
+  --workdir=DIR           the folder of a run
+  --step=N                a checkpoint other than the newest
+  --yardsticks=false      leaves out gzip, xz and the n-gram models
+  --cache_dir=DIR         tokens and pack plans (default: ~/.cache/deepseek_jax)
+
+Prints bits per byte of the whole held-out text, and what five yardsticks need for the same text.
+"""
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
+STEP = flags.DEFINE_integer('step', None, 'checkpoint; the newest by default')
+YARDSTICKS = flags.DEFINE_bool('yardsticks', True, 'compare with compressors and n-gram models')
+CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack plans')
+
+
+def main() -> None:
+  """Runs the script."""
+  import jax
+
+  from deepseek_jax.core.config import ConfigError
+  from deepseek_jax.data.yardstick import yardsticks
+  from deepseek_jax.train.checkpoint import Checkpoints, restore_params
+  from deepseek_jax.train.evaluate import evaluate
+  from deepseek_jax.train.step import build_program
+  from deepseek_jax.train.workdir import Workdir, write_json
+
+  if WORKDIR.value is None:
+    raise ConfigError('--workdir is missing; for example --workdir=runs/first')
+  workdir = Workdir(pathlib.Path(WORKDIR.value))
+  experiment = workdir.read()
+  if experiment is None:
+    raise ConfigError(f'{workdir.path}: no run here (there is no config.json)')
+  step = STEP.value or Checkpoints(workdir.checkpoints).latest()
+  if step is None:
+    raise ConfigError(f'{workdir.checkpoints}: no checkpoint; the run has not saved one yet')
+  params, buffers, _ = restore_params(workdir.checkpoints, step)
+  program = build_program(experiment)
+  state = program.abstract_state
+  place = lambda tree, like: jax.tree.map(  # noqa: E731
+    lambda x, leaf: jax.device_put(x, leaf.sharding), tree, like
+  )
+  cache = pathlib.Path(CACHE_DIR.value) if CACHE_DIR.value else launch.cache_dir()
+  data = experiment.data.prepare(cache)
+  result = evaluate(
+    program, place(params, state.params), place(buffers, state.buffers), data.heldout
+  )
+  figures = yardsticks(data, cache) if YARDSTICKS.value else {}
+  if figures:
+    write_json(workdir.path / 'yardsticks.json', figures)
+  name = f'{experiment.name}, step {step}'
+  print(report(name, result.bits_per_byte, figures))
+  print(
+    f'{data.heldout.text_bytes:,} bytes of {data.heldout.documents} held-out documents, '
+    f'{result.targets:,} tokens, {result.loss:.4f} nats a token'
+  )
+
+
+def report(name: str, bits_per_byte: float, figures: dict[str, float]) -> str:
+  """Returns a table of bits per byte, best first."""
+  from deepseek_jax.core.describe import table
+
+  rows: list[Any] = [(f'▶ {name}', bits_per_byte), *figures.items()]
+  rows.sort(key=lambda row: row[1])
+  lines = [
+    (label, f'{value:.4f}', '' if label.startswith('▶') else f'{bits_per_byte - value:+.4f}')
+    for label, value in rows
+  ]
+  return table(lines, ('held-out text', 'bits/byte', 'this model against it'))
+
+
+if __name__ == '__main__':
+  launch.run(main, USAGE)

@@ -1,0 +1,157 @@
+"""Trains a model; goes on where an earlier run in the same folder was stopped."""
+
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+
+from scripts import launch
+
+USAGE = r"""
+Trains a model.
+
+  python scripts/train.py --config=configs/quickstart.py --workdir=runs/first \\
+      [--config.model.depth=6] [--config.model.attention='Window(size=64)'] …
+
+  --config=FILE           a config file, or the name of one in configs/
+  --config.path=value     changes one part; kinds are written Name(key=value)
+  --workdir=DIR           the run's folder; a run that is there goes on
+  --dry_run               checks everything, prints what the run would be, and exits
+  --display=auto|live|line|quiet
+  --cache_dir=DIR         tokens and pack plans (default: ~/.cache/deepseek_jax)
+
+In the folder: metrics.jsonl, evaluations.jsonl, samples.jsonl, tensorboard/, checkpoints/,
+config.json, and config.py that repeats the run. SIGTERM and Ctrl-C save and exit with code 0.
+"""
+
+WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
+DRY_RUN = flags.DEFINE_bool('dry_run', False, 'check, print and exit')
+DISPLAY = flags.DEFINE_enum('display', 'auto', ['auto', 'live', 'line', 'quiet'], 'terminal')
+CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack plans')
+COMPILE_LIMIT = 4e9
+"""Parameters beyond which a dry run does not compile the step."""
+
+
+def main(config_path: str | None, assignments: dict[str, str]) -> int:
+  """Runs the script; returns the exit code."""
+  from deepseek_jax.core.config import ConfigError
+  from deepseek_jax.core.load import load_config
+  from deepseek_jax.core.override import override_from_text
+  from deepseek_jax.train.experiment import Experiment
+  from deepseek_jax.train.workdir import Workdir
+
+  if config_path is None:
+    raise ConfigError('--config is missing; for example --config=configs/quickstart.py')
+  experiment = load_config(config_path)
+  if not isinstance(experiment, Experiment):
+    raise ConfigError(f'{config_path}: expected an Experiment, found {type(experiment).__name__}')
+  experiment, changes = override_from_text(experiment, assignments)
+  for change in changes:
+    print(f'changed  {change}')
+  cache = pathlib.Path(CACHE_DIR.value) if CACHE_DIR.value else launch.cache_dir()
+  if DRY_RUN.value:
+    return dry_run(experiment, cache)
+  if WORKDIR.value is None:
+    raise ConfigError('--workdir is missing; for example --workdir=runs/first')
+  return run(experiment, Workdir(pathlib.Path(WORKDIR.value)), cache)
+
+
+def dry_run(experiment: Any, cache: pathlib.Path) -> int:
+  """Prints what a run would be."""
+  from deepseek_jax.core.precision import Float32
+  from deepseek_jax.core.serialise import to_python
+  from deepseek_jax.train import summary
+  from deepseek_jax.train.experiment import resolved
+  from deepseek_jax.train.step import build_program
+
+  print(to_python(experiment), end='\n\n')
+  program = build_program(resolved(experiment, Float32()))
+  print(summary.describe_program(program), end='\n\n')
+  weights = summary.experiment_weights(program)
+  small = sum(weight.size for weight in weights) < COMPILE_LIMIT
+  print(summary.describe_memory(program, compile_step=small), end='\n\n')
+  data = experiment.data.prepare(cache)
+  print(summary.describe_batch(next(data.train_batches(0))))
+  rows = experiment.data.batch_size * experiment.train_steps
+  print(
+    f'\n{data.train.rows:,} training rows ({data.train.occupancy:.1%} full), '
+    f'{rows / data.train.rows:.2f} epochs; {data.heldout.text_bytes:,} held-out bytes'
+  )
+  print('\nall checks passed')
+  return 0
+
+
+def run(experiment: Any, workdir: Any, cache: pathlib.Path) -> int:
+  """Trains."""
+  from deepseek_jax.core.precision import BFloat16, Fastest, Float32
+  from deepseek_jax.train.display import make_display
+  from deepseek_jax.train.experiment import resolved
+  from deepseek_jax.train.interrupt import StoppedEarlyError
+  from deepseek_jax.train.loop import train
+  from deepseek_jax.train.throughput import fastest_precision
+  from deepseek_jax.train.workdir import compare
+
+  earlier = workdir.read()
+  if earlier is not None:
+    for change in compare(earlier, experiment):
+      print(f'differs from the run in {workdir.path}: {change}')
+    experiment = resolved(experiment, earlier.precision)
+  elif isinstance(experiment.precision, Fastest):
+    chosen, rates = fastest_precision()
+    speeds = ', '.join(f'{name} {rate["all"] / 1e9:.0f} GFLOP/s' for name, rate in rates.items())
+    print(f'precision: {chosen} ({speeds} on products of a training step)', flush=True)
+    experiment = resolved(experiment, Float32() if chosen == 'float32' else BFloat16())
+  check(experiment)
+  workdir.write(experiment)
+  total, every = experiment.train_steps, experiment.cadence.log
+  display = make_display(total, kind=DISPLAY.value, every_steps=every, name=experiment.name)
+  try:
+    outcome = train(experiment, workdir, cache, display, make_sampler(experiment))
+  except StoppedEarlyError as stopped:
+    print(f'{stopped}: stopped before the first new step; nothing to save', flush=True)
+    # A compilation may still run in a daemon thread, which Python cannot wait for at its end.
+    os._exit(0)
+  if outcome.stopped_by is None:
+    print(f'checkpoint: {workdir.checkpoints / str(outcome.step)}')
+  return 0
+
+
+def check(experiment: Any) -> None:
+  """Raises every fault at once, before anything is written."""
+  import jax
+
+  from deepseek_jax.core.config import ConfigError
+
+  errors = experiment.check(len(jax.devices()))
+  if errors:
+    raise ConfigError(errors)
+
+
+def make_sampler(experiment: Any) -> Any:
+  """Returns what makes the function that continues the prompts, or None without prompts."""
+  if not experiment.prompts:
+    return None
+
+  def make(program: Any, data: Any) -> Any:
+    from deepseek_jax.infer.generate import sample_texts
+    from deepseek_jax.infer.sample import Sample
+
+    def sample(params: Any, buffers: Any) -> list[dict[str, Any]]:
+      return sample_texts(
+        program.decoder,
+        {'params': params, 'buffers': buffers},
+        data.tokenizer,
+        experiment.prompts,
+        max_new_tokens=48,
+        sampler=Sample(temperature=0.8, top_p=0.95),
+        seed=experiment.seed,
+      )
+
+    return sample
+
+  return make
+
+
+if __name__ == '__main__':
+  launch.run_with_config(main, USAGE)
