@@ -1,4 +1,11 @@
-"""A small DeepSeek-V3 that learns English on a laptop."""
+"""A small DeepSeek-V3 that learns English in minutes: latent attention, experts, MTP.
+
+Command:  scripts/quickstart.sh, or
+          python scripts/train.py --config=configs/quickstart.py --workdir=runs/quickstart
+Hardware: 2 CPU cores, 2 GB of memory.
+Time:     under 6 minutes.
+Expected: about 2 bits per byte of held-out text, below `xz -9e` and a unigram model.
+"""
 
 from deepseek_jax.core.precision import Fastest
 from deepseek_jax.data.pipeline import TextCorpus
@@ -18,19 +25,19 @@ def get_config() -> Experiment:
     name='quickstart',
     model=DeepSeekV3(
       depth=4,
-      width=256,
+      width=192,
       vocab=8192,
-      attention=MLA(heads=4, nope_dim=32, rope_dim=32, value_dim=64, latent=64, query_latent=None),
-      dense=SwiGLU(hidden=768),
+      attention=MLA(heads=4, nope_dim=32, rope_dim=16, value_dim=48, latent=64),
+      dense=SwiGLU(hidden=512),
       dense_layers=1,
-      feed_forward=MoE(experts=16, top_k=2, hidden=256, shared=1),
+      feed_forward=MoE(experts=16, top_k=2, hidden=128),
       mtp=MTP(depth=1),
     ),
-    data=TextCorpus(length=256, batch_size=16),
-    optimizer=AdamW(peak_lr=3e-3),
-    schedule=WarmupStableDecay(warmup_steps=20, decay_fraction=0.3, final=0.05),
-    train_steps=300,
+    data=TextCorpus(length=256, batch_size=8),
+    optimizer=AdamW(peak_lr=4e-3),
+    schedule=WarmupStableDecay(warmup_steps=15, decay_fraction=0.5, final=0.05),
+    train_steps=130,
     precision=Fastest(),
-    cadence=Cadence(log=10, evaluate=100, evaluate_batches=8, sample=100, save=100),
-    prompts=('The people of the United States', 'And God said', 'It was a dark night, and'),
+    cadence=Cadence(log=5, evaluate=65, evaluate_batches=8, sample=65, save=65),
+    prompts=('The people of the United States', 'And the LORD said unto', 'She was very'),
   )

@@ -105,7 +105,8 @@ def run(experiment: Any, workdir: Any, cache: pathlib.Path) -> int:
   check(experiment)
   workdir.write(experiment)
   total, every = experiment.train_steps, experiment.cadence.log
-  display = make_display(total, kind=DISPLAY.value, every_steps=every, name=experiment.name)
+  kind: Any = DISPLAY.value
+  display = make_display(total, kind=kind, every_steps=every, name=experiment.name)
   try:
     outcome = train(experiment, workdir, cache, display, make_sampler(experiment))
   except StoppedEarlyError as stopped:

@@ -67,19 +67,25 @@ def segment(layers: Sequence[Block], longest: int = 8) -> tuple[Segment, ...]:
   if not layers:
     raise ConfigError('a model needs at least 1 layer')
   total = len(layers)
+  # Blocks are compared once each: below, numbers are.
+  known = list(dict.fromkeys(layers))
+  kinds = [known.index(layer) for layer in layers]
   best: list[tuple[int, int, tuple[Segment, ...]]] = [(0, 0, ())]
   best *= total + 1
   for start in reversed(range(total)):
     options = []
     for size in range(1, min(longest, total - start) + 1):
-      pattern = tuple(layers[start : start + size])
-      repeats = 1
-      while tuple(layers[start + repeats * size : start + (repeats + 1) * size]) == pattern:
-        repeats += 1
-      if size > 1 and repeats == 1:
-        continue
-      blocks, count, rest = best[start + size * repeats]
-      options.append((blocks + size, count + 1, (Segment(pattern, repeats), *rest)))
+      pattern = kinds[start : start + size]
+      end, repeats = start + size, 1
+      # Fewer repeats than there are may be better: A, A, B, A, B is A and twice (A, B).
+      while True:
+        if size == 1 or repeats > 1:
+          blocks, count, rest = best[end]
+          part = Segment(tuple(layers[start : start + size]), repeats)
+          options.append((blocks + size, count + 1, (part, *rest)))
+        if kinds[end : end + size] != pattern:
+          break
+        end, repeats = end + size, repeats + 1
     best[start] = min(options, key=lambda option: option[:2])
   return best[0][2]
 

@@ -4,9 +4,6 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import TypeVar
-
-Result = TypeVar('Result')
 
 
 class StoppedEarlyError(Exception):
@@ -48,7 +45,7 @@ class Stop:
     self.requested = signal.Signals(number).name
 
 
-def in_background(work: Callable[[], Result], stop: Stop) -> Result:
+def in_background[Result](work: Callable[[], Result], stop: Stop) -> Result:
   """Runs `work` in another thread and waits; Python hears signals in its main thread only.
 
   Compilation is one long call into C++ that would hold a signal back for minutes.

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.tree import flatten
@@ -49,7 +50,7 @@ def expert_figures(loads: dict[str, np.ndarray], biases: dict[str, np.ndarray]) 
     ('dead_fraction', dead_fraction),
     ('load_entropy', load_entropy),
   ):
-    figures[name] = [round(float(measure(load)), 5) for load in loads.values()]
+    figures[name] = [round(float(measure(jnp.asarray(load))), 5) for load in loads.values()]
   if biases:
     figures['bias_norm'] = [round(float(np.linalg.norm(bias)), 6) for bias in biases.values()]
   return figures

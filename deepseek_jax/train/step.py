@@ -47,9 +47,9 @@ class Program:
   experiment: Experiment
   decoder: Decoder
   mesh: Mesh
-  init: Callable[[jax.Array], TrainState]
-  step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-  evaluate: Callable[[Any, Any, Batch], Metrics]
+  init: 'OnMesh'
+  step: 'OnMesh'
+  evaluate: 'OnMesh'
   abstract_state: TrainState
   batch_sharding: NamedSharding
   axes: Any
@@ -63,7 +63,7 @@ class Program:
       return jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
 
     ids = leaf(jnp.int32)
-    return Batch(ids, ids, leaf(jnp.float32), ids, ids, ids)  # type: ignore[arg-type]
+    return Batch(ids, ids, leaf(jnp.float32), ids, ids, ids)
 
 
 def build_program(experiment: Experiment, devices: list[jax.Device] | None = None) -> Program:
@@ -107,10 +107,10 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
     experiment=experiment,
     decoder=decoder,
     mesh=mesh,
-    init=on_mesh(
+    init=OnMesh(
       mesh, jax.jit(init, out_shardings=shardings, compiler_options=init_options(devices[0]))
     ),
-    step=on_mesh(
+    step=OnMesh(
       mesh,
       jax.jit(
         step,
@@ -119,7 +119,7 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
         donate_argnums=0,
       ),
     ),
-    evaluate=on_mesh(mesh, jax.jit(evaluate, out_shardings=replicated)),
+    evaluate=OnMesh(mesh, jax.jit(evaluate, out_shardings=replicated)),
     abstract_state=jax.tree.map(
       lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
       shapes,
@@ -139,7 +139,7 @@ def init_options(device: jax.Device) -> dict[str, Any] | None:
   return {'xla_backend_optimization_level': 1} if device.platform == 'cpu' else None
 
 
-class on_mesh:  # noqa: N801 - reads as a function
+class OnMesh:
   """A jitted function that is always traced and run on its mesh."""
 
   def __init__(self, mesh: Mesh, function: Any):
@@ -208,7 +208,9 @@ def make_step(
       'observed': observed,
       'bias': buffers,
     }
-    new = state.replace(step=state.step + 1, params=params, buffers=buffers, opt_state=opt_state)
+    new = dataclasses.replace(
+      state, step=state.step + 1, params=params, buffers=buffers, opt_state=opt_state
+    )
     return new, metrics
 
   return step

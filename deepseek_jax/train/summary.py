@@ -62,7 +62,7 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
     ('training FLOPs a token', si(training)),
     ('tokens a step', f'{step_tokens:,} ({data.batch_size} rows of {data.length})'),
     ('tokens of the run', si(step_tokens * experiment.train_steps)),
-    ('training FLOPs of the run', si(training * step_tokens * experiment.train_steps)),
+    ('training FLOPs of the run', f'{training * step_tokens * experiment.train_steps:.2e}'),
   ]
   return table(rows, ('cost', ''))
 
