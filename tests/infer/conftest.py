@@ -1,0 +1,89 @@
+"""Tiny models of every attention kind, as the inference tests need them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.rope import RoPE, YaRN
+from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.models.decoder import init_variables
+from deepseek_jax.models.deepseek_v3 import DeepSeekV3
+
+VOCAB = 61
+SIZES = {'heads': 2, 'nope_dim': 8, 'rope_dim': 4, 'value_dim': 8, 'latent': 16}
+YARN = YaRN(factor=4.0, original_length=8, mscale=1.0, mscale_all=0.5)
+KINDS = {
+  'mla': MLA(**SIZES),
+  'mla_query_latent': MLA(**SIZES, query_latent=12),
+  'mla_yarn': MLA(**SIZES, rope=RoPE(yarn=YARN)),
+  'window': Window(**SIZES, size=5, sinks=2),
+  'gated': Gated(**SIZES, keep=0.3),
+}
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+def random_variables(decoder):
+  """Weights of the usual sizes, without compiling a random generator; buffers are zeros."""
+  boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
+  shapes, noise = nn.meta.unbox(boxed), np.random.default_rng(5)
+
+  def draw(path, shape):
+    if path[-1].key == 'scale':
+      return jnp.ones(shape.shape, shape.dtype)
+    fan_in = 1 if 'embedding' in str(path) else shape.shape[-2]
+    return jnp.asarray(noise.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
+
+  return {
+    'params': jax.tree_util.tree_map_with_path(draw, shapes['params']),
+    'buffers': jax.tree.map(lambda shape: jnp.zeros(shape.shape), shapes['buffers']),
+  }
+
+
+@pytest.fixture(scope='session')
+def make_model():
+  """Builds (decoder, variables): one dense layer, then a mixture of more experts than tokens."""
+
+  @functools.cache
+  def make(kind='mla', *, depth=2, vocab=VOCAB, dtype='float32', remat=None):
+    family = DeepSeekV3(
+      depth=depth,
+      width=32,
+      vocab=vocab,
+      attention=KINDS[kind],
+      dense=SwiGLU(hidden=48),
+      feed_forward=MoE(experts=12, top_k=2, hidden=16),
+    )
+    decoder = family.build(np.dtype(dtype), remat)
+    variables = random_variables(decoder)
+
+    def rule_out(path, bias):
+      # The last experts never get a token, in whatever batch.
+      assert path[-1].key == 'selection_bias'
+      return bias.at[..., -4:].set(-9.0)
+
+    variables['buffers'] = jax.tree_util.tree_map_with_path(rule_out, variables['buffers'])
+    assert jax.tree.leaves(variables['buffers'])
+    return decoder, variables
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def model(make_model):
+  """One model of latent attention, for tests that are not about attention."""
+  return make_model()
