@@ -11,7 +11,7 @@ from scripts import launch
 USAGE = r"""
 Trains a model.
 
-  python scripts/train.py --config=configs/quickstart.py --workdir=runs/first \\
+  python scripts/train.py --config=configs/quickstart.py --workdir=runs/first \
       [--config.model.depth=6] [--config.model.attention='Window(size=64)'] …
 
   --config=FILE           a config file, or the name of one in configs/

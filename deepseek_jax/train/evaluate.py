@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
 
 def bits_per_byte(loss: float, split: PackedSplit) -> float:
   """Converts nats a token to bits a byte, by the split's own tokens per byte."""
-  return split.bits_per_byte(loss * split.targets)
+  return float(split.bits_per_byte(loss * split.targets))
 
 
 def evaluate(
@@ -49,8 +49,8 @@ def evaluate(
   chosen: Iterator[Batch] = heldout_batches(split, size)
   total = math.ceil(split.rows / size)
   if batches is not None and batches < total:
-    chosen = itertools.islice(chosen, 0, None, total // batches)
-    chosen = itertools.islice(chosen, batches)
+    numbers = {i * total // batches for i in range(batches)}
+    chosen = itertools.compress(chosen, (number in numbers for number in range(total)))
   sums = {'nats': 0.0, 'targets': 0.0}
   # The next batch is sent off before the last one is waited for.
   pending = None

@@ -147,8 +147,11 @@ def _loop(
   pending: tuple[int, Metrics] | None = None
   evaluation: Evaluation | None = None
   for done in range(start + 1, total + 1):
+    begin = time.perf_counter()
     batch = jax.device_put(next(batches), run.program.batch_sharding)
+    host_seconds = time.perf_counter() - begin
     state, metrics = step(state, batch)
+    metrics['host_seconds'] = host_seconds
     _finish(run, pending)
     pending = (done, metrics)
     last = done == total

@@ -56,17 +56,22 @@ class Workdir:
       if self.path.exists() and not self.path.is_dir():
         raise ConfigError(f'workdir {self.path} is a file; expected a folder')
       if not self.config.exists():
-        if self.path.exists() and any(self.path.iterdir()):
+        # A crash in the first write leaves a file that was not yet put in place.
+        if self.path.exists() and any(p.suffix != '.new' for p in self.path.iterdir()):
           raise ConfigError(
             f'workdir {self.path} is not empty and has no config.json; expected an empty folder '
             'or an earlier run'
           )
         return None
-      found = from_json(json.loads(self.config.read_text(encoding='utf-8')))
+      content = json.loads(self.config.read_text(encoding='utf-8'))
     except OSError as error:
       raise ConfigError(f'workdir {self.path}: {error.strerror}') from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
       raise ConfigError(f'{self.config}: not JSON: {error}') from error
+    try:
+      found = from_json(content)
+    except ConfigError as error:
+      raise ConfigError(f'{self.config}: {message}' for message in error.messages) from None
     if not isinstance(found, Experiment):
       raise ConfigError(f'{self.config}: expected an Experiment, found {type(found).__name__}')
     return found

@@ -21,7 +21,14 @@ SMALL = (
   '--config.data.length=32',
   '--config.cadence.log=1',
 )
-CLOCKED = ('tokens_per_second', 'mfu', 'seconds_left', 'elapsed_seconds', 'peak_memory_bytes')
+CLOCKED = (
+  'tokens_per_second',
+  'mfu',
+  'seconds_left',
+  'elapsed_seconds',
+  'peak_memory_bytes',
+  'host_seconds',
+)
 
 
 @pytest.fixture(scope='module')

@@ -24,7 +24,14 @@ from deepseek_jax.train.loop import train
 from deepseek_jax.train.metrics import JsonLines
 from deepseek_jax.train.workdir import Workdir
 
-TIMES = ('tokens_per_second', 'mfu', 'seconds_left', 'elapsed_seconds', 'peak_memory_bytes')
+TIMES = (
+  'tokens_per_second',
+  'mfu',
+  'seconds_left',
+  'elapsed_seconds',
+  'peak_memory_bytes',
+  'host_seconds',
+)
 
 
 @pytest.fixture(scope='module')

