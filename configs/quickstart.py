@@ -14,6 +14,7 @@ from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.mtp import MTP
+from deepseek_jax.optim.balance import SignBias
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.train.experiment import Cadence, Experiment
@@ -37,6 +38,8 @@ def get_config() -> Experiment:
     optimizer=AdamW(peak_lr=4e-3),
     schedule=WarmupStableDecay(warmup_steps=15, decay_fraction=0.5, final=0.05),
     train_steps=130,
+    # Ten times DeepSeek's rate, for a run a hundred thousand times shorter.
+    balance=SignBias(rate=1e-2),
     precision=Fastest(),
     cadence=Cadence(log=5, evaluate=65, evaluate_batches=8, sample=65, save=65),
     prompts=('The people of the United States', 'And the LORD said unto', 'She was very'),

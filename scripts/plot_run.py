@@ -134,6 +134,7 @@ def draw_curve(axes: Any, rows: Rows, held_out: Rows, yardsticks: Mapping[str, f
       ha='center',
       color=_ORANGE,
       fontweight='bold',
+      bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6},
     )
     seen.append(points)
   lines = {name: value for name, value in yardsticks.items() if key == 'bits_per_byte'}
@@ -149,7 +150,7 @@ def draw_curve(axes: Any, rows: Rows, held_out: Rows, yardsticks: Mapping[str, f
   _draw_yardsticks(axes, lines)
   axes.set_xlabel('step')
   axes.set_ylabel('bits per byte' if key == 'bits_per_byte' else 'loss (nats per token)')
-  axes.legend(loc='upper right', frameon=False)
+  axes.legend(loc='upper right', facecolor='white', edgecolor='none', framealpha=1.0)
 
 
 def _draw_yardsticks(axes: Any, lines: Mapping[str, float]) -> None:

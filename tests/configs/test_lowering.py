@@ -1,0 +1,90 @@
+"""Every config's training step is ready for TPU, CUDA and ROCm: it lowers for them here, without.
+
+A config whose mesh needs more devices than the eight of the tests gets a small mesh with the same
+rules; everything else is as the config says.
+"""
+
+import dataclasses
+import functools
+import math
+import pathlib
+import re
+
+import jax
+import jax.export
+import pytest
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.load import load_config
+from deepseek_jax.core.precision import BFloat16
+from deepseek_jax.sharding.mesh import MeshConfig
+from deepseek_jax.train.experiment import resolved
+from deepseek_jax.train.step import Program, build_program
+
+FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'configs'
+CONFIGS = sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != '__init__')
+ACCELERATORS = ('tpu', 'cuda', 'rocm')
+
+RAGGED = 'composite "chlo.ragged_dot"'
+"""The grouped matrix product of accelerators, as it stands in a module."""
+BLOCKS = re.compile(r'loc\("[^"]*/experts/[^"]*while')
+"""The loop over blocks of tokens that is for CPU alone, in the names of a module's operations."""
+
+
+@functools.cache
+def program(name: str) -> Program:
+  """The program of a config, on its own mesh where eight devices or fewer can be that."""
+  # `Fastest` is measured at the start of a run; on an accelerator it would be bfloat16.
+  experiment = resolved(load_config(FOLDER / f'{name}.py'), BFloat16())
+  if experiment.mesh.data is None:
+    rows = experiment.data.batch_size // experiment.microbatches
+    return build_program(experiment, jax.devices()[: math.gcd(8, rows)])
+  try:
+    experiment.mesh.sizes(8)
+  except ConfigError:
+    experiment = dataclasses.replace(experiment, mesh=MeshConfig(data=2, expert=4))
+  return build_program(experiment)
+
+
+def lowered(name: str, platforms: tuple[str, ...]) -> jax.export.Exported:
+  """The training step of a config for some platforms."""
+  made = program(name)
+  with jax.set_mesh(made.mesh):
+    export = jax.export.export(made.step.function, platforms=platforms)
+    return export(made.abstract_state, made.abstract_batch())
+
+
+def test_there_are_configs():
+  """The folder is read from where it is."""
+  assert {'quickstart', 'tiny_mla', 'v3_671b'} <= set(CONFIGS)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_accelerators(name):
+  """One module for all three, with their grouped product and without the CPU's loop."""
+  exported = lowered(name, ACCELERATORS)
+  assert exported.platforms == ACCELERATORS
+  assert exported.nr_devices == program(name).mesh.size
+  text = exported.mlir_module()
+  assert RAGGED in text
+  assert not BLOCKS.search(text)
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_cpu(name):
+  """The other way round: the loop, and no grouped product, which CPU would run expert by expert."""
+  text = lowered(name, ('cpu',)).mlir_module()
+  assert BLOCKS.search(text)
+  assert 'ragged_dot' not in text
+
+
+def test_the_step_is_whole():
+  """What is lowered takes the state and the batch and returns the state, in its shards."""
+  exported = lowered('tiny_mla', ACCELERATORS)
+  made = program('tiny_mla')
+  state = jax.tree.leaves(made.abstract_state)
+  assert len(exported.in_avals) == len(state) + 6
+  assert [(a.shape, a.dtype) for a in exported.out_avals[: len(state)]] == [
+    (leaf.shape, leaf.dtype) for leaf in state
+  ]
+  assert made.mesh.size == 8
