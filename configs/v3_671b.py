@@ -4,7 +4,7 @@ Command: python scripts/train.py --config=configs/v3_671b.py --workdir=runs/v3
   started on every host; the text is yours: --config.data.source='TextFiles("…")', since the
   embedded corpus is only what lets the config be built anywhere.
 Hardware: 1,024 accelerators of 80 GB or more, as 64 (data) × 16 (expert). Float32 weights, float32
-  gradients and bfloat16 moments take about 12 GB of each; activations the rest, one row at a time.
+  gradients and bfloat16 moments take about 11 GB of each; activations the rest, one row at a time.
 Cost: 14.8 T tokens. The authors report 2.664 M H800 hours, 108 days of 1,024, with float8 products,
   a pipeline and dispatch of their own. This layout is the compiler's alone (GSPMD), in bfloat16,
   and has never been run: expect it to be several times slower.

@@ -29,9 +29,10 @@ TINY = ('tiny_mla', 'tiny_window', 'tiny_gated')
 CONFIGS = (*TINY, 'quickstart')
 DEVICES = 8
 CURVE_STEPS = 20
-CURVE_TOLERANCE = 1e-4
-"""Relative. Rounding differs between processors; a step that computes something else differs more
-than this at once."""
+CURVE_TOLERANCE = {'step': 0.0, 'loss': 1e-4, 'mtp_loss': 1e-4, 'grad_norm': 5e-3}
+"""Relative, by column. Between ways of compiling and between one device and eight, losses were seen
+to differ by 5e-6 and norms by 5e-4; a step that computes something else differs more at once."""
+SHOWN_LINES = 60
 COMMAND = 'python scripts/update_golden.py --write'
 
 WRITE = flags.DEFINE_bool('write', False, 'write the files instead of comparing')
@@ -147,21 +148,29 @@ def compare(path: str, found: str) -> str:
   expected = file.read_text(encoding='utf-8')
   if found == expected or (path.startswith('curves/') and _close(expected, found)):
     return ''
-  difference = difflib.unified_diff(
-    expected.splitlines(), found.splitlines(), 'golden', 'now', lineterm='', n=0
+  difference = list(
+    difflib.unified_diff(
+      expected.splitlines(), found.splitlines(), 'golden', 'now', lineterm='', n=0
+    )
   )
+  if len(difference) > SHOWN_LINES:
+    difference[SHOWN_LINES:] = [f'… and {len(difference) - SHOWN_LINES} more lines']
   return '\n'.join(
     [f'tests/golden/{path} differs:', *difference, f'If the change is meant: {COMMAND}']
   )
 
 
 def _close(expected: str, found: str) -> bool:
-  """Whether two tables of numbers under the same headers agree within the tolerance."""
+  """Whether two tables of numbers under the same headers agree within the tolerances."""
   rows, others = ([line.split() for line in text.splitlines()] for text in (expected, found))
   if [len(row) for row in rows] != [len(row) for row in others] or rows[0] != others[0]:
     return False
-  pairs = (pair for row, other in zip(rows[1:], others[1:]) for pair in zip(row, other))
-  return all(math.isclose(float(a), float(b), rel_tol=CURVE_TOLERANCE) for a, b in pairs)
+  limits = [CURVE_TOLERANCE[header] for header in rows[0]]
+  return all(
+    math.isclose(float(a), float(b), rel_tol=limit)
+    for row, other in zip(rows[1:], others[1:])
+    for a, b, limit in zip(row, other, limits)
+  )
 
 
 def main(argv: list[str]) -> None:

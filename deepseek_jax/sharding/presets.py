@@ -7,6 +7,7 @@ from deepseek_jax.sharding.rules import Rules
 FSDP = Rules(
   batch=('replica', 'data'),
   embed=('data',),
+  latent=('data',),
   expert_embed=('data',),
 )
 """Every device holds a slice of every weight and its own rows of the batch (ZeRO-3)."""

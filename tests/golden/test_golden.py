@@ -35,6 +35,9 @@ def test_differences_are_seen(tmp_path, monkeypatch):
   fault = update_golden.compare('shardings/a.txt', 'one\nthree\n')
   assert '-two\n+three\n' in fault
   assert command in fault
+  fault = update_golden.compare('shardings/a.txt', 'line\n' * 1000)
+  assert 'more lines' in fault
+  assert len(fault.splitlines()) < 100
   (tmp_path / 'curves').mkdir()
   (tmp_path / 'curves/a.txt').write_text('step loss\n0 5.5\n1 5.0\n')
   assert not update_golden.compare('curves/a.txt', 'step loss\n0 5.5001\n1 5.0\n')

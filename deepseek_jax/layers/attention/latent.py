@@ -126,7 +126,7 @@ class LatentAttention(nn.Module):
       w = weight(self, 'query', (width, c.heads, head), ('embed', 'heads', None), dtype=x.dtype)
       q = jnp.einsum('btd,dhk->bthk', x, w)
     else:
-      down = weight(self, 'query_down', (width, c.query_latent), ('embed', 'latent'), dtype=x.dtype)
+      down = weight(self, 'query_down', (width, c.query_latent), ('embed', None), dtype=x.dtype)
       latent = c.norm.build('query_norm')(jnp.einsum('btd,dc->btc', x, down))
       shape = (c.query_latent, c.heads, head)
       up = weight(self, 'query_up', shape, ('latent', 'heads', None), dtype=x.dtype)
@@ -138,7 +138,7 @@ class LatentAttention(nn.Module):
     """Returns the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
     c, width = self.config, x.shape[-1]
     shape = (width, c.latent + c.rope_dim)
-    down = weight(self, 'latent_down', shape, ('embed', 'latent'), dtype=x.dtype)
+    down = weight(self, 'latent_down', shape, ('embed', None), dtype=x.dtype)
     both = jnp.einsum('btd,dc->btc', x, down)
     latent = c.norm.build('latent_norm')(both[..., : c.latent])
     # The rotated key is not normalised: its length is what the model learns position by.
