@@ -2,6 +2,9 @@
 
 Command:  python scripts/train.py --config=configs/cpu_hour.py --workdir=runs/hour
 Hardware: 2 CPU cores, 2 GB of memory.
+Time:     56 minutes of steps, measured on a shared machine without AVX-512.
+Result:   1.437 bits per byte of held-out text; an interpolated bigram needs 1.631, a Kneser–Ney
+          5-gram 1.437 (experiments/first_hour/README.md).
 """
 
 from deepseek_jax.core.precision import Fastest
