@@ -37,10 +37,10 @@ def get_config() -> Experiment:
     data=TextCorpus(length=256, batch_size=8),
     optimizer=AdamW(peak_lr=4e-3),
     schedule=WarmupStableDecay(warmup_steps=15, decay_fraction=0.5, final=0.05),
-    train_steps=130,
+    train_steps=150,
     # Ten times DeepSeek's rate, for a run a hundred thousand times shorter.
     balance=SignBias(rate=1e-2),
     precision=Fastest(),
-    cadence=Cadence(log=5, evaluate=65, evaluate_batches=8, sample=65, save=65),
+    cadence=Cadence(log=5, evaluate=75, evaluate_batches=8, sample=75, save=75),
     prompts=('The people of the United States', 'And the LORD said unto', 'She was very'),
   )
