@@ -229,7 +229,8 @@ def _sample(run: _Run, state: TrainState, step: int) -> None:
     return
   for row in run.sample(state.params, state.buffers):
     JsonLines(run.workdir.samples).append({'step': step, **row})
-    run.writer.display.message(f'sample: {row["prompt"]}{row["text"]!r}')
+    line = (row['prompt'] + row['text']).replace('\n', ' ⏎ ')
+    run.writer.display.message(f'sample: {line}')
 
 
 def _save(run: _Run, state: TrainState, step: int, evaluation: Evaluation | None) -> None:
