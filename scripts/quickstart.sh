@@ -32,7 +32,7 @@ cat <<END
 
 == next steps
 the checkpoints      $workdir/checkpoints
-the curves           $workdir/run.png   (or: tensorboard --logdir=$workdir/tensorboard)
+the curves           $workdir/run.png   (or, after pip install tensorboard: tensorboard --logdir=$workdir/tensorboard)
 another attention    $python scripts/train.py --config=quickstart --workdir=runs/window --config.model.attention='Window(size=64)'
 your own text        $python scripts/train.py --config=quickstart --workdir=runs/mine --config.data.source='TextFiles("path/to/*.txt")'
 look before you run  $python scripts/train.py --config=quickstart --config.model.depth=8 --dry_run
