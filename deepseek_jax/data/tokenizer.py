@@ -4,6 +4,7 @@ A kind is a frozen config with `build()`, which gives a `Tokenizer`. No tokenize
 tokens by itself, and no text can make one: '<|eos|>' in a document is encoded as seven letters.
 """
 
+import abc
 import dataclasses
 import functools
 import hashlib
@@ -25,7 +26,7 @@ BOS, EOS, PAD = 0, 1, 2
 BPE_SPECIALS = ('<|bos|>', '<|eos|>', '<|pad|>')
 
 
-class Tokenizer:
+class Tokenizer(abc.ABC):
   """Encodes text to int32 ids and decodes ids to text.
 
   Attributes:
@@ -48,18 +49,18 @@ class Tokenizer:
     """The ids of a text, int32 [T], without special tokens."""
     return self.encode_batch([text])[0]
 
+  @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """The ids of each text, int32 [T], without special tokens; uses every core where it can."""
-    raise NotImplementedError
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """The text of some ids; special ids give no text, broken UTF-8 gives U+FFFD."""
     stream = self.stream()
     return ''.join([*(stream.push(int(i)) for i in ids), stream.finish()])
 
+  @abc.abstractmethod
   def stream(self) -> ByteStream | PieceStream:
     """A decoder that takes one id at a time and never emits half a character."""
-    raise NotImplementedError
 
 
 class ByteTokenizer(Tokenizer):
