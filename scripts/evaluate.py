@@ -52,7 +52,7 @@ def main() -> None:
   place = lambda tree, like: jax.tree.map(  # noqa: E731
     lambda x, leaf: jax.device_put(x, leaf.sharding), tree, like
   )
-  cache = pathlib.Path(CACHE_DIR.value) if CACHE_DIR.value else launch.cache_dir()
+  cache = launch.cache_dir(CACHE_DIR.value)
   data = experiment.data.prepare(cache)
   result = evaluate(
     program, place(params, state.params), place(buffers, state.buffers), data.heldout

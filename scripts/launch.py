@@ -11,9 +11,11 @@ from deepseek_jax.core.arguments import peel
 from deepseek_jax.core.config import ConfigError
 
 
-def cache_dir(environ: dict[str, str] | None = None) -> pathlib.Path:
-  """Returns the folder for tokens and pack plans: under the user's cache folder."""
-  environ = dict(os.environ) if environ is None else environ
+def cache_dir(given: str | None) -> pathlib.Path:
+  """Returns the folder for tokens and pack plans: the one given, or one in the user's cache."""
+  if given:
+    return pathlib.Path(given)
+  environ = os.environ
   base = environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   return pathlib.Path(environ.get('DEEPSEEK_JAX_CACHE') or pathlib.Path(base) / 'deepseek_jax')
 

@@ -49,7 +49,7 @@ def main(config_path: str | None, assignments: dict[str, str]) -> int:
   experiment, changes = override_from_text(experiment, assignments)
   for change in changes:
     print(f'changed  {change}')
-  cache = pathlib.Path(CACHE_DIR.value) if CACHE_DIR.value else launch.cache_dir()
+  cache = launch.cache_dir(CACHE_DIR.value)
   if DRY_RUN.value:
     return dry_run(experiment, cache)
   if WORKDIR.value is None:

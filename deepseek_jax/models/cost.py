@@ -5,8 +5,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.layers.weights import BATCH_AXES
 from deepseek_jax.models.decoder import Family, plan_segments
@@ -96,8 +94,3 @@ def training_flops(family: Family, weights: list[Weight], length: int) -> float:
   Source: the convention of PaLM, arXiv 2204.02311, appendix B.
   """
   return 3.0 * forward_flops(family, weights, length)
-
-
-def shapes_of(tree: Any) -> Any:
-  """Returns the abstract shapes of a pytree of arrays [...]."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

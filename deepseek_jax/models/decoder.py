@@ -14,7 +14,7 @@ from deepseek_jax.layers.weights import weight
 from deepseek_jax.models.mtp import MTP, MTPModule
 from deepseek_jax.models.plan import Block, Segment, segment, stack, unstack
 from deepseek_jax.models.remat import Remat
-from deepseek_jax.models.stack import Stack, empty_caches
+from deepseek_jax.models.stack import Stack
 
 
 class Family(Protocol):
@@ -133,11 +133,6 @@ def init_variables(decoder: Decoder, key: jax.Array) -> dict[str, Any]:
   context = text_context(jnp.zeros((1, 2), jnp.int32))
   variables = decoder.init(key, context, method='everything')
   return {'params': variables['params'], 'buffers': variables.get('buffers', {})}
-
-
-def decoder_caches(family: Family, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> Any:
-  """Returns empty caches for `batch` sequences of up to `length` tokens, [B, …] each."""
-  return empty_caches(plan_segments(family), batch, length, dtype)
 
 
 def canonical(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import jax
 
 from deepseek_jax.core.serialise import to_json
 from deepseek_jax.data.pipeline import TextData
-from deepseek_jax.models.cost import training_flops, weights_of
+from deepseek_jax.models.cost import training_flops
 from deepseek_jax.models.decoder import plan_segments
+from deepseek_jax.models.plan import Segment
 from deepseek_jax.train import report
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.display import Display
@@ -22,6 +23,7 @@ from deepseek_jax.train.interrupt import Stop, in_background
 from deepseek_jax.train.metrics import JsonLines, MetricWriter
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Metrics, Program, build_program
+from deepseek_jax.train.summary import experiment_weights
 from deepseek_jax.train.throughput import Clock, measure_matmul_peak, peak_memory_bytes
 from deepseek_jax.train.workdir import Workdir
 
@@ -49,6 +51,7 @@ class _Run:
   """What the parts of the loop share."""
 
   experiment: Experiment
+  segments: tuple[Segment, ...]
   program: Program
   data: TextData
   workdir: Workdir
@@ -82,17 +85,14 @@ def train(
     StoppedEarlyError: a signal came before the first new step; there was nothing to save.
   """
   program = build_program(experiment)
-  display.message('reading the text …')
-  data = experiment.data.prepare(cache_dir)
-  weights = weights_of(
-    experiment.model, program.abstract_state.params, program.axes, experiment.remat
-  )
   checkpoints = Checkpoints(workdir.checkpoints, experiment.cadence.keep, 'bits_per_byte')
   writer = MetricWriter(workdir.path, display)
   with contextlib.ExitStack() as stack:
     stack.enter_context(writer)
     stack.enter_context(checkpoints)
     stop = stack.enter_context(Stop())
+    display.message('reading the text …')
+    data = in_background(lambda: experiment.data.prepare(cache_dir), stop)
     start = checkpoints.latest() or 0
     rewind(workdir, writer, start)
     if start >= experiment.train_steps:
@@ -103,13 +103,16 @@ def train(
     data_spec = experiment.data
     run = _Run(
       experiment=experiment,
+      segments=plan_segments(experiment.model, experiment.remat),
       program=program,
       data=data,
       workdir=workdir,
       writer=writer,
       checkpoints=checkpoints,
       clock=Clock(data_spec.batch_size * data_spec.length),
-      flops_per_token=training_flops(experiment.model, weights, data_spec.length),
+      flops_per_token=training_flops(
+        experiment.model, experiment_weights(program), data_spec.length
+      ),
       peak_flops=peak * len(program.mesh.devices.flat),
       sample=None if sample is None else sample(program, data),
       started=time.perf_counter(),
@@ -197,9 +200,8 @@ def _finish(run: _Run, pending: tuple[int, Metrics] | None) -> None:
 
 def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   """Returns the row of a finished step."""
-  segments = plan_segments(run.experiment.model, run.experiment.remat)
-  loads = report.layer_loads(metrics.pop('observed'), segments)
-  biases = report.layer_biases(metrics.pop('bias'), segments)
+  loads = report.layer_loads(metrics.pop('observed'), run.segments)
+  biases = report.layer_biases(metrics.pop('bias'), run.segments)
   row = {name: float(value) for name, value in metrics.items()}
   row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
   rate = run.clock.tokens_per_second

@@ -9,6 +9,7 @@ from typing import Any
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest
 from deepseek_jax.core.serialise import Change, difference, from_json, to_json, to_module
+from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.train.experiment import Experiment
 
 FATAL = ('model', 'data', 'seed', 'optimizer')
@@ -99,7 +100,11 @@ def compare(old: Experiment, new: Experiment) -> list[Change]:
   if isinstance(new.precision, Fastest):
     new = dataclasses.replace(new, precision=old.precision)
   changes = difference(old, new)
-  fatal = [change for change in changes if change.path.split('.')[0] in FATAL]
+  parts = set(FATAL)
+  if plan_segments(old.model, old.remat) != plan_segments(new.model, new.remat):
+    # Checkpoints hold weights as the scans stack them, and a rematerialisation may regroup scans.
+    parts.add('remat')
+  fatal = [change for change in changes if change.path.split('.')[0] in parts]
   if fatal:
     raise ConfigError(
       [

@@ -25,13 +25,13 @@ class Sample(nn.Module):
     """Returns x [N] in its dtype."""
     w = weight(self, 'w', (4, 50, 40, 30), ('expert', 'embed', None, 'mlp'), dtype=x.dtype)
     pair = weight(self, 'pair', (30, 40, 50), ('heads', None, 'embed'), dtype=x.dtype, inputs=2)
-    double = weight(self, 'double', (400, 50), ('embed', 'mlp'), dtype=x.dtype, gain=2.0)
+    plain = weight(self, 'plain', (400, 50), ('embed', 'mlp'), dtype=x.dtype)
     s = scale(self, 's', 3)
     t = table(self, 't', (300, 40), ('vocab', 'embed'), std=0.02)
     b = buffer(self, 'b', (2,), (None,))
     observe(self, 'count', jnp.sum(x))
     add_loss(self, 'loss', 2 * jnp.sum(x))
-    return x + sum(jnp.sum(a).astype(x.dtype) for a in (w, pair, double, s, t, b))
+    return x + sum(jnp.sum(a).astype(x.dtype) for a in (w, pair, plain, s, t, b))
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +41,7 @@ def variables():
 
 def test_standard_deviations(variables):
   params = nn.meta.unbox(variables)['params']
-  fan_in = {'w': 50, 'pair': 30 * 40, 'double': 400 / 4}
+  fan_in = {'w': 50, 'pair': 30 * 40, 'plain': 400}
   for name, size in fan_in.items():
     assert np.std(params[name]) == pytest.approx(size**-0.5, rel=0.03), name
   assert np.std(params['t']) == pytest.approx(0.02, rel=0.03)

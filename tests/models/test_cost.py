@@ -13,7 +13,6 @@ from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.cost import (
   active_parameters,
   forward_flops,
-  shapes_of,
   training_flops,
   weights_of,
 )
@@ -117,8 +116,3 @@ def test_shares_and_addresses(weights):
   assert used['stack/segment_1/block_0/feed_forward/shared/gate'] == 1
   assert used['stack/segment_1/block_0/feed_forward/router/weight'] == 1
   assert used['stack/segment_0/block_0/feed_forward/gate'] == 1
-
-
-def test_shapes_of():
-  got = shapes_of({'a': jax.numpy.ones((2, 3), jax.numpy.bfloat16)})
-  assert got == {'a': jax.ShapeDtypeStruct((2, 3), jax.numpy.bfloat16)}

@@ -130,13 +130,13 @@ def _leaves(tree: dict, prefix: str = '') -> dict[str, np.ndarray]:
   return found
 
 
-def test_sigterm_during_compilation_exits_clean(text, tmp_path, cache_dir):
+@pytest.mark.parametrize('moment', ['reading', 'compiling'])
+def test_sigterm_before_the_first_step_exits_clean(moment, text, tmp_path, cache_dir):
   process = start('train', *arguments(text, cache_dir, tmp_path / 'run', '--config.model.depth=3'))
   assert process.stdout is not None
   for line in process.stdout:
-    if 'compiling' in line:
+    if moment in line:
       break
-  time.sleep(0.3)
   process.send_signal(signal.SIGTERM)
   output = finish(process)
   assert 'nothing to save' in output

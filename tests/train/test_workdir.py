@@ -13,6 +13,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.load import load_config
 from deepseek_jax.core.precision import BFloat16, Fastest, Float32
 from deepseek_jax.core.serialise import to_json
+from deepseek_jax.models.remat import EveryLayer, SquareRoot
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import TENSOR
 from deepseek_jax.train.workdir import Workdir, compare, write_json
@@ -164,6 +165,15 @@ def test_compare_returns_what_may_change(run):
   assert {change.path.split('.')[0] for change in changes} == {
     'train_steps', 'mesh', 'rules', 'precision',
   }  # fmt: skip
+
+
+def test_remat_may_change_unless_it_regroups_the_scans(run):
+  """Checkpoints hold weights as the scans stack them."""
+  deep = dataclasses.replace(run, model=dataclasses.replace(run.model, depth=9))
+  (change,) = compare(deep, dataclasses.replace(deep, remat=EveryLayer()))
+  assert change.path == 'remat'
+  with pytest.raises(ConfigError, match='remat'):
+    compare(deep, dataclasses.replace(deep, remat=SquareRoot()))
 
 
 def test_a_measured_precision_stays(run):

@@ -147,7 +147,7 @@ class LatentAttention(nn.Module):
   def mix(
     self, query, key, mask: jax.Array, context: Context, bias: jax.Array | None = None
   ) -> jax.Array:
-    """Attends from T queries to S tokens and projects back.
+    """Attends from T queries to S tokens.
 
     Expanded (keys and values of every head are made) or absorbed (queries go to the latent
     space), whichever costs fewer FLOPs: a static choice by T and S.
@@ -160,7 +160,7 @@ class LatentAttention(nn.Module):
       bias: [B, T, S] float32 added to the scores of every head, or None.
 
     Returns:
-      [B, T, D], D the width of the layer's input.
+      [B, T, H, V] outputs of the heads, for `project`.
     """
     c = self.config
     (query_nope, query_rope), (latent, rope_key) = query, key
