@@ -36,7 +36,13 @@ setuptools.setup(
   package_dir={'': '.'},
   packages=setuptools.find_packages(include=['deepseek_jax', 'deepseek_jax.*']),
   package_data={
-    'deepseek_jax': ['data/corpus/*.xz', 'data/corpus/*.json', 'data/corpus/*.md'],
+    'deepseek_jax': [
+      'data/corpus/*.xz',
+      'data/corpus/*.json',
+      'data/corpus/*.md',
+      'train/page/*.css',
+      'train/page/*.js',
+    ],
   },
   install_requires=[
     'absl-py>=2.3',

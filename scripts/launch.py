@@ -4,11 +4,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from deepseek_jax.core.arguments import peel
 from deepseek_jax.core.config import ConfigError
+
+CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 
 def cache_dir(given: str | None) -> pathlib.Path:
@@ -18,6 +21,53 @@ def cache_dir(given: str | None) -> pathlib.Path:
   environ = os.environ
   base = environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
   return pathlib.Path(environ.get('DEEPSEEK_JAX_CACHE') or pathlib.Path(base) / 'deepseek_jax')
+
+
+def named_config(name: str, config_path: str | None = None) -> Any:
+  """Returns what a run's config file gives: the file given, or the one of that name in configs/.
+
+  Args:
+    name: of the experiment.
+    config_path: as `--config` takes it, or None.
+
+  Returns:
+    An `Experiment`, or None where there is no such file.
+
+  Raises:
+    ConfigError: the file given cannot be read, or gives something else.
+  """
+  from deepseek_jax.core.load import load_config
+  from deepseek_jax.train.experiment import Experiment
+
+  if config_path is None:
+    file = CONFIGS / f'{name}.py'
+    # The name is a run's own: it may hold anything, a path among it.
+    if not name.isidentifier() or name.startswith('_') or not file.is_file():
+      return None
+    config_path = str(file)
+  found = load_config(config_path)
+  if not isinstance(found, Experiment):
+    raise ConfigError(f'{config_path}: expected an Experiment, found {type(found).__name__}')
+  return found
+
+
+def try_report(workdir: pathlib.Path, name: str, config_path: str | None) -> None:
+  """Draws a run's report; whatever fails is a warning, since the run itself is well.
+
+  Args:
+    workdir: the folder of the run.
+    name: of the experiment.
+    config_path: as `--config` takes it, or None.
+  """
+  command = f'python scripts/report.py --workdir={workdir}'
+  command += f' --config={config_path}' if config_path else ''
+  try:
+    from deepseek_jax.train.report_page import write_report
+
+    print(f'report: {write_report(workdir, named_config(name, config_path))}', flush=True)
+  except Exception as error:
+    message = f'{type(error).__name__}: {error}'
+    print(f'warning: no report was drawn ({message}); to repeat it: {command}', file=sys.stderr)
 
 
 def run(main: Callable[[], int | None], usage: str) -> None:
@@ -32,7 +82,34 @@ def run_with_config(main: Callable[[str | None, dict[str, str]], int | None], us
     main: returns the exit code, None for 0.
     usage: the script's help.
   """
-  found: list[tuple[str | None, dict[str, str]]] = []
+
+  def call(path: str | None, assignments: dict[str, str], words: list[str]) -> int | None:
+    if words:
+      raise ConfigError(f'unexpected argument {words[0]!r}; see --help')
+    return main(path, assignments)
+
+  _run(call, usage)
+
+
+def run_with_arguments(main: Callable[[list[str]], int | None], usage: str) -> None:
+  """Runs `main(arguments that are no flags)`; a `ConfigError` is one message and exit code 2.
+
+  Args:
+    main: returns the exit code, None for 0.
+    usage: the script's help.
+  """
+
+  def call(path: str | None, assignments: dict[str, str], words: list[str]) -> int | None:
+    if path is not None or assignments:
+      raise ConfigError('unexpected argument --config; see --help')
+    return main(words)
+
+  _run(call, usage)
+
+
+def _run(main: Callable[[str | None, dict[str, str], list[str]], int | None], usage: str) -> None:
+  """Runs `main(config path, overrides, other arguments)`."""
+  found: list[tuple[str | None, dict[str, str], list[str]]] = []
 
   def parse(argv: list[str]) -> list[str]:
     try:
@@ -41,11 +118,9 @@ def run_with_config(main: Callable[[str | None, dict[str, str]], int | None], us
         sys.stdout.write(usage.strip() + '\n')
         sys.exit(0)
       left = flags.FLAGS(rest)
-      if left[1:]:
-        raise ConfigError(f'unexpected argument {left[1]!r}; see --help')
     except (ConfigError, flags.Error) as error:
       _fail(error)
-    found.append((path, assignments))
+    found.append((path, assignments, left[1:]))
     return left
 
   def guarded(_: list[str]) -> int | None:
@@ -62,6 +137,6 @@ def run_with_config(main: Callable[[str | None, dict[str, str]], int | None], us
   app.run(guarded, flags_parser=parse)
 
 
-def _fail(error: Exception) -> None:
+def _fail(error: Exception) -> NoReturn:
   print(f'error: {error}', file=sys.stderr)
   sys.exit(2)

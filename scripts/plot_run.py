@@ -6,7 +6,6 @@ Reads `metrics.jsonl`, `evaluations.jsonl` and `yardsticks.json` (the last two m
 the workdir; writes `run.png` and `run.svg` there, or where --out says.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -18,18 +17,23 @@ from absl import app, flags
 from matplotlib.colors import LinearSegmentedColormap
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.train.metrics import JsonLines
+from deepseek_jax.train.history import (
+  LOAD_COLOURS,
+  Rows,
+  column,
+  load_table,
+  loss_key,
+  read_history,
+  shown_range,
+)
+from deepseek_jax.train.page.curves import smoothed_loss
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.', required=True)
 _OUT = flags.DEFINE_string('out', None, 'Picture without its ending; default: <workdir>/run.')
 _TITLE = flags.DEFINE_string('title', None, 'Title; default: the name of the workdir.')
 
-Rows = Sequence[Mapping[str, Any]]
-
 # From the palette of Okabe and Ito, which readers with any colour vision can tell apart.
 _BLUE, _ORANGE, _INK, _GREY = '#0072B2', '#D55E00', '#222222', '#6b6b6b'
-# Idle, equal share, busy: blue against orange, with a light middle.
-_LOAD_COLOURS = ['#08306b', '#6baed6', '#f4f4f2', '#f0a35e', '#8c3a00']
 _STYLE: dict[Any, Any] = {
   'font.family': 'DejaVu Sans',
   'font.size': 9.5,
@@ -45,58 +49,6 @@ _STYLE: dict[Any, Any] = {
 _MOST_COLUMNS = 240
 
 
-def column(rows: Rows, key: str) -> np.ndarray:
-  """One number of every row.
-
-  Args:
-    rows: the rows of a JSON-lines file.
-    key: which number.
-
-  Returns:
-    float64 [rows]; NaN where the number is null or absent.
-  """
-  return np.array([math.nan if row.get(key) is None else row[key] for row in rows], np.float64)
-
-
-def smooth(values: np.ndarray, window: int) -> np.ndarray:
-  """Centred running mean that leaves out what is not finite and shortens at the ends.
-
-  Args:
-    values: float64 [n].
-    window: how many neighbours are averaged.
-
-  Returns:
-    float64 [n]; NaN where no neighbour is finite.
-  """
-  finite = np.isfinite(values)
-  kernel = np.ones(max(1, min(window, len(values))))
-  total = np.convolve(np.where(finite, values, 0.0), kernel, 'same')
-  count = np.convolve(finite.astype(np.float64), kernel, 'same')
-  return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0.5)
-
-
-def load_table(rows: Rows) -> tuple[list[str], np.ndarray, np.ndarray]:
-  """Expert loads of a run as one table.
-
-  Args:
-    rows: the rows of `metrics.jsonl`.
-
-  Returns:
-    The layers' addresses; the steps, int64 [S]; and float64 [L, E, S], each expert's load over an
-    equal share (1 is balanced, 0 dead), NaN where a layer has fewer experts.
-  """
-  rows = [row for row in rows if row.get('load')]
-  layers = list(dict.fromkeys(layer for row in rows for layer in row['load']))
-  layers.sort(key=lambda name: [int(x) if x.isdecimal() else x for x in name.split('/')])
-  experts = max((len(row['load'][layer]) for row in rows for layer in row['load']), default=0)
-  table = np.full((len(layers), experts, len(rows)), math.nan)
-  for at, row in enumerate(rows):
-    for layer, shares in row['load'].items():
-      known = [math.nan if share is None else share for share in shares]
-      table[layers.index(layer), : len(shares), at] = np.array(known) * len(shares)
-  return layers, np.array([row['step'] for row in rows], np.int64), table
-
-
 def draw_curve(axes: Any, rows: Rows, held_out: Rows, yardsticks: Mapping[str, float]) -> None:
   """Draws bits per byte, or the loss where bits per byte were not measured.
 
@@ -106,12 +58,11 @@ def draw_curve(axes: Any, rows: Rows, held_out: Rows, yardsticks: Mapping[str, f
     held_out: the rows of `evaluations.jsonl`.
     yardsticks: name → bits per byte of another compressor of the held-out text.
   """
-  key = 'bits_per_byte' if np.isfinite(column(rows, 'bits_per_byte')).any() else 'loss'
+  key = loss_key(rows)
   steps, values = column(rows, 'step'), column(rows, key)
-  smoothed = smooth(values, max(1, len(values) // 50))
+  smoothed = smoothed_loss(values)
   axes.plot(steps, values, color=_BLUE, alpha=0.22, linewidth=0.8)
   axes.plot(steps, smoothed, color=_BLUE, linewidth=1.8, label='training')
-  seen = [smoothed]
   points = column(held_out, key)
   if np.isfinite(points).any():
     axes.plot(
@@ -136,16 +87,10 @@ def draw_curve(axes: Any, rows: Rows, held_out: Rows, yardsticks: Mapping[str, f
       fontweight='bold',
       bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6},
     )
-    seen.append(points)
   lines = {name: value for name, value in yardsticks.items() if key == 'bits_per_byte'}
-  known = np.concatenate([*seen, list(lines.values())])
-  known = known[np.isfinite(known)]
-  low = known.min()
-  # The first steps are far above everything that is interesting.
-  settled = smoothed[len(smoothed) // 12 :]
-  high = max([*lines.values(), np.nanmax(settled) if np.isfinite(settled).any() else known.max()])
-  margin = 0.08 * max(high - low, 0.1)
-  axes.set_ylim(low - 1.6 * margin, high + margin)
+  low, high = shown_range([smoothed, points], list(lines.values()))
+  # Room for the last held-out number, which stands under its point.
+  axes.set_ylim(low - 0.05 * (high - low), high)
   axes.set_xlim(0, steps.max() * 1.005)
   _draw_yardsticks(axes, lines)
   axes.set_xlabel('step')
@@ -197,7 +142,7 @@ def draw_loads(axes: Any, rows: Rows) -> None:
     edges,
     np.arange(len(picture) + 1),
     np.ma.masked_invalid(picture),
-    cmap=LinearSegmentedColormap.from_list('load', _LOAD_COLOURS),
+    cmap=LinearSegmentedColormap.from_list('load', LOAD_COLOURS),
     vmin=0,
     vmax=2,
     rasterized=True,
@@ -232,12 +177,10 @@ def draw_run(workdir: pathlib.Path, title: str) -> Any:
   Raises:
     ConfigError: if the run has written no finite loss.
   """
-  rows = JsonLines(workdir / 'metrics.jsonl').read()
+  history = read_history(workdir)
+  rows = history.rows
   if not any(np.isfinite(column(rows, key)).any() for key in ('loss', 'bits_per_byte')):
     raise ConfigError(f'{workdir / "metrics.jsonl"}: expected a run with a finite loss, found none')
-  held_out = JsonLines(workdir / 'evaluations.jsonl').read()
-  path = workdir / 'yardsticks.json'
-  yardsticks = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
   matplotlib.use('Agg')
   from matplotlib import pyplot
 
@@ -252,7 +195,7 @@ def draw_run(workdir: pathlib.Path, title: str) -> Any:
       layout='constrained',
       squeeze=False,
     )
-    draw_curve(axes[0, 0], rows, held_out, yardsticks)
+    draw_curve(axes[0, 0], rows, history.evaluations, history.yardsticks)
     axes[0, 0].set_title(title, loc='left', fontweight='bold', color=_INK)
     if layers:
       draw_loads(axes[1, 0], rows)

@@ -21,8 +21,9 @@ Trains a model.
   --display=auto|live|line|quiet
   --cache_dir=DIR         tokens and pack plans (default: ~/.cache/deepseek_jax)
 
-In the folder: metrics.jsonl, evaluations.jsonl, samples.jsonl, tensorboard/, checkpoints/,
-config.json, and config.py that repeats the run. SIGTERM and Ctrl-C save and exit with code 0.
+In the folder: report.html, metrics.jsonl, evaluations.jsonl, samples.jsonl, tensorboard/,
+checkpoints/, config.json, and config.py that repeats the run. SIGTERM and Ctrl-C save and exit
+with code 0.
 """
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
@@ -54,7 +55,8 @@ def main(config_path: str | None, assignments: dict[str, str]) -> int:
     return dry_run(experiment, cache)
   if WORKDIR.value is None:
     raise ConfigError('--workdir is missing; for example --workdir=runs/first')
-  return run(experiment, Workdir(pathlib.Path(WORKDIR.value)), cache)
+  workdir = Workdir(pathlib.Path(WORKDIR.value))
+  return run(experiment, workdir, cache, config_path)
 
 
 def dry_run(experiment: Any, cache: pathlib.Path) -> int:
@@ -82,13 +84,15 @@ def dry_run(experiment: Any, cache: pathlib.Path) -> int:
   return 0
 
 
-def run(experiment: Any, workdir: Any, cache: pathlib.Path) -> int:
-  """Trains."""
+def run(experiment: Any, workdir: Any, cache: pathlib.Path, config_path: str) -> int:
+  """Trains, and draws the report however that ends."""
   from deepseek_jax.core.precision import BFloat16, Fastest, Float32
+  from deepseek_jax.train import events
   from deepseek_jax.train.display import make_display
   from deepseek_jax.train.experiment import resolved
   from deepseek_jax.train.interrupt import StoppedEarlyError
   from deepseek_jax.train.loop import train
+  from deepseek_jax.train.metrics import JsonLines
   from deepseek_jax.train.throughput import fastest_precision
   from deepseek_jax.train.workdir import compare
 
@@ -107,15 +111,37 @@ def run(experiment: Any, workdir: Any, cache: pathlib.Path) -> int:
   total, every = experiment.train_steps, experiment.cadence.log
   kind: Any = DISPLAY.value
   display = make_display(total, kind=kind, every_steps=every, name=experiment.name)
+  begun = begin(workdir)
   try:
     outcome = train(experiment, workdir, cache, display, make_sampler(experiment))
   except StoppedEarlyError as stopped:
     print(f'{stopped}: stopped before the first new step; nothing to save', flush=True)
+    events.record(workdir.path, begun, 'stopped', str(stopped))
     # A compilation may still run in a daemon thread, which Python cannot wait for at its end.
     os._exit(0)
+  except Exception as error:
+    display.close()
+    last = max((row['step'] for row in JsonLines(workdir.path / 'metrics.jsonl').read()), default=0)
+    events.record(workdir.path, last, 'failed', f'{type(error).__name__}: {error}')
+    launch.try_report(workdir.path, experiment.name, config_path)
+    raise
+  signal = outcome.stopped_by
+  events.record(workdir.path, outcome.step, 'stopped' if signal else 'finished', signal)
+  launch.try_report(workdir.path, experiment.name, config_path)
   if outcome.stopped_by is None:
     print(f'checkpoint: {workdir.checkpoints / str(outcome.step)}')
   return 0
+
+
+def begin(workdir: Any) -> int:
+  """Notes where the run happens and that it starts; returns the step it goes on from."""
+  from deepseek_jax.train import environment, events
+  from deepseek_jax.train.checkpoint import Checkpoints
+
+  environment.write(workdir.path / 'environment.json', environment.collect(os.environ))
+  step = (Checkpoints(workdir.checkpoints).latest() or 0) if workdir.checkpoints.exists() else 0
+  events.record(workdir.path, step, 'resumed' if step else 'started')
+  return step
 
 
 def check(experiment: Any) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -83,6 +84,11 @@ def test_own_text_from_training_to_a_continuation(text, tmp_path, cache_dir):
   assert 'step 20/20' in output
   assert 'sample: we hold' in output
   assert f'checkpoint: {workdir}/checkpoints/20' in output
+  assert f'report: {workdir}/report.html' in output
+  page = (workdir / 'report.html').read_text()
+  assert 'Finished: step 20 of 20' in page
+  for what in ('we hold', jax.__version__, 'data.length', 'prompts'):
+    assert what in page, what
   output = finish(start('evaluate', f'--workdir={workdir}', f'--cache_dir={cache_dir}'))
   assert 'tiny_mla, step 20' in output
   for yardstick in ('gzip -9', 'xz -9e', 'unigram', 'bigram', '5-gram'):
@@ -115,6 +121,9 @@ def test_killed_and_resumed_is_uninterrupted_bitwise(text, tmp_path, cache_dir):
   assert f'going on after step {saved}' in output
   assert [row['step'] for row in logged(killed)] == list(range(1, 301))
   assert logged(killed) == logged(whole)
+  events = [(row['step'], row['event']) for row in JsonLines(killed / 'events.jsonl').read()]
+  assert events == [(0, 'started'), (saved, 'resumed'), (300, 'finished')]
+  assert 'no end was noted before the next start' in (killed / 'report.html').read_text()
   left, right = (restore_params(path / 'checkpoints')[0] for path in (whole, killed))
   addresses = _leaves(left)
   assert len(addresses) > 20
