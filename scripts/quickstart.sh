@@ -27,11 +27,13 @@ echo "== continuations"
   --prompt='She was very'
 
 "$python" scripts/plot_run.py --workdir="$workdir"
+"$python" scripts/report.py --workdir="$workdir"   # again: now with the yardsticks
 
 cat <<END
 
 == next steps
 the checkpoints      $workdir/checkpoints
+the whole run        $workdir/report.html
 the curves           $workdir/run.png   (or, after pip install tensorboard: tensorboard --logdir=$workdir/tensorboard)
 another attention    $python scripts/train.py --config=quickstart --workdir=runs/window --config.model.attention='Window(size=64)'
 your own text        $python scripts/train.py --config=quickstart --workdir=runs/mine --config.data.source='TextFiles("path/to/*.txt")'

@@ -164,8 +164,8 @@ def figure_rows(runs: Runs) -> list[tuple[str, ...]]:
 
 def _change(first: float, value: float) -> str:
   if value == first:
-    return '  ='
-  return f'  {value / first - 1:+.2%}' if first else f'  {value - first:+.4g}'
+    return ' (=)'
+  return f' ({value / first - 1:+.2%})' if first else f' ({value - first:+.4g})'
 
 
 def compare_text(runs: Runs) -> str:

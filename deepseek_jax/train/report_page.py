@@ -231,7 +231,7 @@ def _events(history: History) -> str:
   rows: Any = history.events
   for at, row in enumerate(rows):
     kind = row.get('event', '')
-    lines.append((row.get('time', ''), f'{row["step"]:,}', kind, row.get('reason', '')))
+    lines.append((_moment(row.get('time')), f'{row["step"]:,}', kind, row.get('reason', '')))
     following = rows[at + 1].get('event') if at + 1 < len(rows) else None
     if kind not in _ENDS and following is not None and following not in _ENDS:
       lines.append(('', '', 'killed', 'no end was noted before the next start'))
@@ -243,6 +243,11 @@ def _events(history: History) -> str:
     return markup.paragraph('not noted; the clock of the log ran through, so there was one start')
   steps = ', '.join(f'{history.rows[at]["step"]:,}' for at in drops)
   return markup.paragraph(f'not noted; the clock of the log starts anew after step {steps}')
+
+
+def _moment(time: Any) -> str:
+  """`2026-11-22 04:13:40` out of a time in ISO 8601."""
+  return str(time or '').replace('T', ' ').removesuffix('+00:00')
 
 
 def _config(history: History, named: Experiment | None) -> str:
@@ -294,7 +299,9 @@ def _flat(part: Any, prefix: str = '') -> list[tuple[str, str]]:
     return found
   if isinstance(part, list):
     return [(prefix, ', '.join(map(str, part)))]
-  return [(prefix, bytes_text(part) if prefix.endswith('_bytes') else str(part))]
+  if prefix.endswith('_bytes') and isinstance(part, (int, float)):
+    return [(prefix.removesuffix('_bytes'), bytes_text(part))]
+  return [(prefix, str(part))]
 
 
 def _is_number(value: Any) -> bool:

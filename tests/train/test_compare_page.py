@@ -40,14 +40,14 @@ def test_a_field_of_a_kind_that_another_run_has_not(write_run):
 def test_the_text_says_the_figures_and_their_difference(write_run):
   text = compare_text(pair(write_run))
   for words in ('one: Finished', 'two: Not finished: step 10 of 20', 'model.depth', '2.0000',
-                '1.5000  -25.00%', '10  -50.00%', '1,010', 'faults'):  # fmt: skip
+                '1.5000 (-25.00%)', '10 (-50.00%)', '1,010', 'faults'):  # fmt: skip
     assert words in text, words
 
 
 def test_equal_runs_are_said_to_be_equal(write_run):
   text = compare_text(read_runs([write_run('one'), write_run('two')]))
   assert 'the configs are equal' in text
-  assert text.count('  =') >= 5
+  assert text.count(' (=)') >= 5
 
 
 def test_the_page_has_every_run_in_every_chart(write_run):

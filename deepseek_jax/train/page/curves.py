@@ -70,7 +70,7 @@ def loss_chart(history: History) -> Chart:
 
 def smoothing_window(rows: int) -> int:
   """How many neighbours of a curve with so many rows are averaged."""
-  return max(1, rows // 50)
+  return rows // 50 | 1  # odd, so that the mean lies over its own step
 
 
 def smoothed_loss(values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from deepseek_jax.train.page.markup import escape
 MOST_COLUMNS = 240
 MOST_ROWS = 640
 _CLEAR = 255  # the palette's entry for nothing
+_PIXELS = 4  # across and down for each value: printers and PDF readers blur single ones
 
 
 def draw_loads(rows: Rows) -> str:
@@ -54,13 +55,15 @@ def draw_loads(rows: Rows) -> str:
   return (
     f'<figure class="chart wide heat" data-x="0 {last}" data-stops="{" ".join(LOAD_COLOURS)}" '
     f'data-layers="{escape(" ".join(short(layer) for layer in layers))}" '
-    f'data-band="{height}" data-gap="{band_gap(height)}" data-sorted="{int(height != experts)}">'
+    f'data-band="{height}" data-gap="{band_gap(height)}" data-pixels="{_PIXELS}" '
+    f'data-sorted="{int(height != experts)}">'
     f'<figcaption>Load of the experts <span class="measure">layer by layer, {lines}</span>'
     '</figcaption>'
     '<ul class="legend bar"><li>0, dead</li><li class="ramp" aria-hidden="true"></li>'
     '<li>twice an equal share, or more</li><li>(lightest: an equal share)</li></ul>'
     f'<div class="plot" style="height:{min(620, max(150, 4 * picture.shape[0]))}px">'
-    f'<img alt="{escape(text)}" src="{png(picture)}">{labels}{ticks}'
+    f'<img alt="{escape(text)}" src="{png(picture.repeat(_PIXELS, 0).repeat(_PIXELS, 1))}">'
+    f'{labels}{ticks}'
     '<span class="unit">step</span></div></figure>'
   )
 

@@ -54,10 +54,13 @@ function loadUnder(figure, share, down) {
       return stops[from].map((x, c) => x + (at - from) * (stops[from + 1][c] - x));
     });
   }
-  const {width, height, data} = figure.pixels;
+  const size = Number(figure.dataset.pixels);
+  const width = figure.pixels.width / size;
+  const height = figure.pixels.height / size;
   const column = Math.min(width - 1, Math.floor(share * width));
   const row = Math.min(height - 1, Math.floor(down * height));
-  const pixel = data.slice(4 * (row * width + column), 4 * (row * width + column) + 4);
+  const at = 4 * size * (row * figure.pixels.width + column);
+  const pixel = figure.pixels.data.slice(at, at + 4);
   if (pixel[3] === 0) return null;
   let best = 0;
   let least = Infinity;

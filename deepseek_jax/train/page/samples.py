@@ -47,7 +47,7 @@ def _card(prompt: str, image: str, group: Sequence[Mapping[str, Any]]) -> str:
   chosen = np.unique(np.linspace(0, len(group) - 1, min(MOST_STEPS, len(group))).round())
   said = ''.join(
     f'<p><span class="at">step {group[int(at)]["step"]:,}</span>'
-    f'{escape(group[int(at)].get("text") or "")}</p>'
+    f'{escape(str(group[int(at)].get("text") or "").strip())}</p>'
     for at in chosen[::-1]
   )
   head = f'<h3>{escape(prompt)}</h3>' if prompt.strip() else ''
