@@ -9,10 +9,14 @@ import flax.linen as nn
 import jax
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.formats.int8 import decode, encode
 from deepseek_jax.models.plan import Segment, unroll
 
 SAVED_NAMES = ('attention', 'feed_forward')
 """Activations that a block marks: the outputs [B, T, D] of its two sublayers."""
+
+REPORTS = ('losses', 'observed')
+"""Collections that layers write."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,4 +74,82 @@ class Save:
     return nn.remat(module, prevent_cse=not scanned, policy=policy)
 
 
-Remat = EveryLayer | SquareRoot | Save
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compressed:
+  """Remembers the stream between scan steps in 8 bits and recomputes what is inside a layer.
+
+  The forward pass is exact: only what the backward pass recomputes starts from rounded numbers. A
+  token whose scores nearly tie may there be sent to another expert than in the forward pass.
+
+  Attributes:
+    block: neighbouring channels that share a scale; 4 / block bytes an element beside the 1.
+  """
+
+  block: int = 64
+
+  def __post_init__(self):
+    if self.block < 1:
+      raise ConfigError(f'`block` is {self.block}; expected 1 or more channels')
+
+  def regroup(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Returns the plan as it is."""
+    return tuple(segments)
+
+  def wrap(self, module: Any, scanned: bool) -> Any:
+    """Returns the module class with rematerialisation from rounded inputs."""
+    return _remember_rounded(module, self.block, scanned)
+
+
+Remat = EveryLayer | SquareRoot | Save | Compressed
+
+
+def _remember_rounded(module: Any, block: int, scanned: bool) -> Any:
+  """Returns a subclass whose backward pass recomputes from its stream in 8 bits."""
+
+  class Rounded(module):
+    """The module; variables, results and what it reports are the same."""
+
+    def __call__(self, stream: Any, context: Any, caches: Any = None) -> Any:
+      """Runs the module on a stream such as [B, T, D]."""
+      if self.is_initializing():
+        return super().__call__(stream, context, caches)
+      reports = [name for name in REPORTS if self.is_mutable_collection(name)]
+      names = {field.name for field in dataclasses.fields(module)} - {'parent', 'name'}
+      inner = module(**{name: getattr(self, name) for name in names}, parent=None)
+
+      def run(variables: Any, stream: Any, caches: Any, context: Any) -> Any:
+        return inner.apply(variables, stream, context, caches, mutable=reports)
+
+      variables = {name: dict(self.variables.get(name, {})) for name in ('params', 'buffers')}
+      result, reported = _recompute_rounded(run, block, scanned)(variables, stream, caches, context)
+      for collection, values in reported.items():
+        for name, value in values.items():
+          self.put_variable(collection, name, value)
+      return result
+
+  Rounded.__name__ = Rounded.__qualname__ = module.__name__
+  return Rounded
+
+
+def _recompute_rounded(run: Any, block: int, scanned: bool) -> Any:
+  """Returns `run(variables, stream, caches, context)` with a backward pass of its own."""
+
+  def forward(variables: Any, stream: Any, caches: Any, context: Any) -> Any:
+    kept = jax.tree.map(lambda x: encode(x, block), stream)
+    return run(variables, stream, caches, context), (variables, kept, caches, context)
+
+  def backward(remembered: Any, cotangents: Any) -> Any:
+    variables, kept, caches, context = remembered
+    # A stream goes out as it came in: same tree, same dtypes.
+    like = cotangents[0][0]
+    if not scanned:
+      # Else the compiler may recompute every segment at once, before any is needed.
+      kept, like = jax.lax.optimization_barrier((kept, like))
+    stream = jax.tree.map(lambda leaf, pair: decode(pair, block, leaf.dtype), like, kept)
+    _, pull = jax.vjp(lambda *inputs: run(*inputs, context), variables, stream, caches)
+    (_, caches_cotangent), reported = cotangents
+    return *pull(((like, caches_cotangent), reported)), None
+
+  recompute = jax.custom_vjp(run)
+  recompute.defvjp(forward, backward)
+  return recompute

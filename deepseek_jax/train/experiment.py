@@ -8,7 +8,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest, Float32, Precision
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
-from deepseek_jax.models.remat import EveryLayer, Save, SquareRoot
+from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import SignBias
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
@@ -80,7 +80,7 @@ class Experiment:
   objective: NextToken = NextToken()
   balance: SignBias | None = SignBias()
   microbatches: int = 1
-  remat: EveryLayer | SquareRoot | Save | None = None
+  remat: EveryLayer | SquareRoot | Save | Compressed | None = None
   precision: Precision = Float32()
   mesh: MeshConfig = MeshConfig()
   rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT)] = FSDP

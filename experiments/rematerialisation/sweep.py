@@ -1,0 +1,105 @@
+"""What gradients from 8-bit activations do to training, and how wrong they are.
+
+  python -m experiments.rematerialisation.sweep --output=experiments/rematerialisation/results.jsonl
+
+Trains the same model with exact and with compressed rematerialisation from the same seeds on the
+same text, and without rematerialisation for the size of differences that float32 rounding alone
+makes. After training, gradients of one batch are compared for several block sizes.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.models.remat import Compressed, EveryLayer, Remat
+from deepseek_jax.train.evaluate import evaluate
+from deepseek_jax.train.objective import batch_context, batch_totals, training_loss
+from deepseek_jax.train.state import TrainState
+from deepseek_jax.train.step import Program, build_program
+from experiments.rematerialisation.model import experiment
+
+KINDS: dict[str, Remat | None] = {
+  'none': None,
+  'every_layer': EveryLayer(),
+  'compressed': Compressed(),
+}
+BLOCKS = (8, 16, 32, 64, 128)
+DEPTH, ROWS = 6, 8
+
+
+def train(program: Program, data: Any, seed: int) -> tuple[TrainState, float]:
+  """Returns the state after all steps and the mean loss of the last fifty."""
+  state = program.init(jax.random.key(seed))
+  batches, losses = data.train_batches(0), []
+  for _ in range(program.experiment.train_steps):
+    state, metrics = program.step(state, jax.device_put(next(batches), program.batch_sharding))
+    losses.append(metrics['loss'])
+  return state, float(np.mean(jax.device_get(losses[-50:])))
+
+
+def gradients(program: Program, remat: Remat | None, state: TrainState, batch: Any) -> Any:
+  """Returns the gradients of one batch as one vector a layer stack's array."""
+  chosen = program.experiment
+  decoder = chosen.model.build(remat=remat)
+
+  def loss(params: Any) -> jax.Array:
+    variables = {'params': params, 'buffers': state.buffers}
+    context, totals = batch_context(batch, chosen.rules), batch_totals(batch, 0)
+    return training_loss(
+      decoder, variables, batch, totals, jnp.float32(0), context, chosen.objective.chunk
+    )[0]
+
+  with jax.set_mesh(program.mesh):
+    return jax.device_get(jax.jit(jax.grad(loss))(state.params))
+
+
+def compare(got: Any, want: Any) -> tuple[float, float]:
+  """Returns the relative error and the cosine of two trees of gradients."""
+  a, b = (
+    np.concatenate([np.ravel(np.float64(x)) for x in jax.tree.leaves(tree)]) for tree in (got, want)
+  )
+  cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+  return float(np.linalg.norm(a - b) / np.linalg.norm(b)), float(cosine)
+
+
+def main() -> None:
+  """Trains, compares, writes."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--steps', type=int, default=400)
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--cache_dir', type=pathlib.Path, default='cache')
+  parser.add_argument('--output', type=pathlib.Path, required=True)
+  options = parser.parse_args()
+
+  def write(row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+    with options.output.open('a', encoding='utf-8') as file:
+      file.write(json.dumps(row) + '\n')
+
+  programs = {
+    name: build_program(experiment(DEPTH, remat, ROWS, steps=options.steps))
+    for name, remat in KINDS.items()
+  }
+  for seed in range(options.seeds):
+    for name, program in programs.items():
+      chosen = dataclasses.replace(program.experiment.data, shuffle_seed=seed)
+      data = chosen.prepare(options.cache_dir)
+      state, loss = train(program, data, seed)
+      held_out = evaluate(program, state.params, state.buffers, data.heldout, 48)
+      row = {'what': 'loss', 'kind': name, 'seed': seed, 'steps': options.steps}
+      write({**row, 'train_loss': loss, 'bits_per_byte': held_out.bits_per_byte})
+    batch = jax.device_put(next(data.train_batches(options.steps)), program.batch_sharding)
+    exact = gradients(program, EveryLayer(), state, batch)
+    for block in BLOCKS if seed == 0 else (Compressed().block,):
+      error, cosine = compare(gradients(program, Compressed(block=block), state, batch), exact)
+      write({'what': 'gradient', 'block': block, 'seed': seed, 'error': error, 'cosine': cosine})
+
+
+if __name__ == '__main__':
+  main()
