@@ -27,6 +27,7 @@ from deepseek_jax.models.decoder import (
   plan_segments,
 )
 from deepseek_jax.train.checkpoint_reader import (
+  Weights,
   choose_step,
   finished_steps,
   require_equal_trees,
@@ -39,12 +40,15 @@ CACHE_DIR = pathlib.Path('~/.cache/deepseek_jax')
 """Where tokens and pack plans of training data are kept unless told otherwise."""
 
 
-def from_pretrained(path: str | pathlib.Path, step: int | None = None) -> 'Pretrained':
+def from_pretrained(
+  path: str | pathlib.Path, step: int | None = None, weights: Weights | None = None
+) -> 'Pretrained':
   """Loads a trained model.
 
   Args:
     path: a run's workdir, or its folder of checkpoints.
     step: which checkpoint; None is the newest.
+    weights: 'averaged' or 'raw'; None is the averaged ones where the run keeps any.
 
   Raises:
     ConfigError: there is no such checkpoint, it cannot be read, or its weights do not fit the
@@ -58,7 +62,7 @@ def from_pretrained(path: str | pathlib.Path, step: int | None = None) -> 'Pretr
       f"{folder}: holds no checkpoint; expected a run's workdir or its folder of checkpoints"
     )
   step = choose_step(folder, step)
-  params, buffers, config = restore_params(folder, step)
+  params, buffers, config = restore_params(folder, step, weights)
   experiment = from_json(config)
   if not isinstance(experiment, Experiment):
     raise ConfigError(
@@ -201,6 +205,8 @@ class Pretrained:
       step=place(jnp.int32(self.step), state.step),
       params=place(self.variables['params'], state.params),
       buffers=place(self.variables['buffers'], state.buffers),
+      # An average begins at the weights that training begins at.
+      ema=state.ema and place(self.variables['params'], state.ema),
     )
     losses = []
     batches = data.train_batches(self.step)

@@ -14,6 +14,7 @@ Measures a trained model on held-out text.
 
   --workdir=DIR           the folder of a run
   --step=N                a checkpoint other than the newest
+  --weights=averaged|raw  which weights (default: the averaged ones where the run keeps any)
   --yardsticks=false      leaves out gzip, xz and the n-gram models
   --cache_dir=DIR         tokens and pack plans (default: ~/.cache/deepseek_jax)
 
@@ -22,6 +23,7 @@ Prints bits per byte of the whole held-out text, and what five yardsticks need f
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
 STEP = flags.DEFINE_integer('step', None, 'checkpoint; the newest by default')
+WEIGHTS = flags.DEFINE_enum('weights', None, ['averaged', 'raw'], 'averaged where there are any')
 YARDSTICKS = flags.DEFINE_bool('yardsticks', True, 'compare with compressors and n-gram models')
 CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack plans')
 
@@ -46,7 +48,7 @@ def main() -> None:
   step = STEP.value or Checkpoints(workdir.checkpoints).latest()
   if step is None:
     raise ConfigError(f'{workdir.checkpoints}: no checkpoint; the run has not saved one yet')
-  params, buffers, _ = restore_params(workdir.checkpoints, step)
+  params, buffers, _ = restore_params(workdir.checkpoints, step, WEIGHTS.value)
   program = build_program(experiment)
   state = program.abstract_state
   place = lambda tree, like: jax.tree.map(  # noqa: E731

@@ -17,6 +17,7 @@ Continues texts with a trained model.
 
   --workdir=DIR           the folder of a run
   --step=N                a checkpoint other than the newest
+  --weights=averaged|raw  which weights (default: the averaged ones where the run keeps any)
   --prompt=TEXT           text to continue; may be given several times; else standard input is read
   --tokens=N              most tokens to add (default: 100)
   --temperature=X         above 1 draws more evenly, below 1 more certainly (default: 0.8)
@@ -33,6 +34,7 @@ goes to standard error.
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
 STEP = flags.DEFINE_integer('step', None, 'checkpoint; the newest by default')
+WEIGHTS = flags.DEFINE_enum('weights', None, ['averaged', 'raw'], 'averaged where there are any')
 PROMPT = flags.DEFINE_multi_string('prompt', [], 'text to continue')
 TOKENS = flags.DEFINE_integer('tokens', 100, 'most tokens to add')
 TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'evenness of the draws')
@@ -57,7 +59,8 @@ def main() -> None:
     sampler = Sample(
       temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value
     )
-  generator = from_pretrained(pathlib.Path(WORKDIR.value), STEP.value).generator
+  workdir = pathlib.Path(WORKDIR.value)
+  generator = from_pretrained(workdir, STEP.value, WEIGHTS.value).generator
   prompts = PROMPT.value or [read_prompt()]
   pieces = generator.stream(
     prompts,

@@ -3,6 +3,7 @@
 import dataclasses
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.loss_scale import GradientNorm, LossScale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,6 +15,11 @@ class Float32:
     """The name of the compute dtype."""
     return 'float32'
 
+  @property
+  def scaling(self) -> None:
+    """No factor on the loss: the range is wide enough."""
+    return None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BFloat16:
@@ -24,10 +30,32 @@ class BFloat16:
     """The name of the compute dtype."""
     return 'bfloat16'
 
+  @property
+  def scaling(self) -> None:
+    """No factor on the loss: the range is wide enough."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Float16:
+  """Computes in float16: 11 bits of precision, but a range that gradients leave without scaling.
+
+  Attributes:
+    scaling: how the factor on the loss is chosen; steps that overflow are skipped.
+      `Static(scale=1.0)` is no factor.
+  """
+
+  scaling: LossScale = GradientNorm()
+
+  @property
+  def compute(self) -> str:
+    """The name of the compute dtype."""
+    return 'float16'
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fastest:
-  """Whichever of the two this machine multiplies faster; measured before a run begins."""
+  """Float32 or bfloat16, whichever this machine multiplies faster; measured before a run begins."""
 
   @property
   def compute(self) -> str:
@@ -38,5 +66,10 @@ class Fastest:
     """
     raise ConfigError('`Fastest` has no dtype until it is measured; choose Float32 or BFloat16')
 
+  @property
+  def scaling(self) -> None:
+    """No factor on the loss, whichever it will be."""
+    return None
 
-Precision = Float32 | BFloat16 | Fastest
+
+Precision = Float32 | BFloat16 | Float16 | Fastest

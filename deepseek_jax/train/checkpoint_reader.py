@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -26,14 +26,19 @@ _READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 _SHOWN_DIFFERENCES = 8
 
 
+Weights = Literal['averaged', 'raw']
+"""Which weights of a run: the averaged ones (`Experiment.ema`), or those of the last step."""
+
+
 def restore_params(
-  directory: str | pathlib.Path, step: int | None = None
+  directory: str | pathlib.Path, step: int | None = None, weights: Weights | None = None
 ) -> tuple[PyTree, PyTree, Json]:
   """Reads what inference needs from a checkpoint: weights and buffers, not the optimiser's state.
 
   Args:
     directory: the directory of the checkpoints (the parent of the step's directory).
     step: which checkpoint; None is the newest.
+    weights: which of them; None is the averaged ones where the run keeps any.
 
   Returns:
     The parameters and the buffers as nested dicts of NumPy arrays in their saved dtypes, and the
@@ -48,15 +53,24 @@ def restore_params(
   if not isinstance(found, dict) or not {'params', 'buffers'} <= set(found):
     names = sorted(found) if isinstance(found, dict) else type(found).__name__
     raise ConfigError(f'{path}: expected a state with params and buffers, found {names}')
+  name = _weights_name(path, found, weights)
   wanted = jax.tree.map(
     lambda leaf: _NumpyLeaf(tuple(leaf.shape), np.dtype(leaf.dtype)),
-    {name: found[name] for name in ('params', 'buffers')},
+    {name: found[name], 'buffers': found['buffers']},
   )
   partial = context()
   partial.pytree.loading.partial_load = True
   with reading(path), partial:
     parts = ocp.load_checkpointables(path, {'state': wanted, 'config': None})
-  return parts['state']['params'], parts['state']['buffers'], parts['config']
+  return parts['state'][name], parts['state']['buffers'], parts['config']
+
+
+def _weights_name(path: pathlib.Path, found: PyTree, weights: Weights | None) -> str:
+  """The part of a saved state that holds the wanted weights."""
+  averaged = bool(jax.tree.leaves(found.get('ema')))
+  if weights == 'averaged' and not averaged:
+    raise ConfigError(f'{path}: holds no averaged weights: the run was trained without `ema`')
+  return 'ema' if averaged and weights != 'raw' else 'params'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,13 @@ from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import SignBias
+from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
 from deepseek_jax.sharding.rules import Rules, shard_count
+from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.objective import NextToken
 
 
@@ -61,6 +63,8 @@ class Experiment:
     train_steps: updates of the whole run.
     objective: what is minimised.
     balance: how the routers' selection bias follows the load, or None to leave it alone.
+    guard: which steps are skipped, and when the run stops for it; None takes every step.
+    ema: averaged weights that are kept beside the weights, or None.
     microbatches: equal parts of a batch that are run one after the other; gradients are summed.
     remat: what the backward pass recomputes, or None to remember everything.
     precision: compute dtype; parameters stay float32.
@@ -79,6 +83,8 @@ class Experiment:
   train_steps: int
   objective: NextToken = NextToken()
   balance: SignBias | None = SignBias()
+  guard: Guard | None = Guard()
+  ema: EMA | None = None
   microbatches: int = 1
   remat: EveryLayer | SquareRoot | Save | Compressed | None = None
   precision: Precision = Float32()

@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from deepseek_jax.core.serialise import to_json
 from deepseek_jax.data.pipeline import TextData
@@ -19,6 +22,7 @@ from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.display import Display
 from deepseek_jax.train.evaluate import Evaluation, bits_per_byte, evaluate
 from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.faults import FaultLog
 from deepseek_jax.train.interrupt import Stop, in_background
 from deepseek_jax.train.metrics import JsonLines, MetricWriter
 from deepseek_jax.train.state import TrainState
@@ -56,6 +60,7 @@ class _Run:
   data: TextData
   workdir: Workdir
   writer: MetricWriter
+  faults: FaultLog
   checkpoints: Checkpoints
   clock: Clock
   flops_per_token: float
@@ -83,6 +88,7 @@ def train(
   Raises:
     ConfigError: the experiment, its text or its checkpoints do not fit.
     StoppedEarlyError: a signal came before the first new step; there was nothing to save.
+    SkippedStepsError: the guard skipped too many steps in a row; the last good state is saved.
   """
   program = build_program(experiment)
   checkpoints = Checkpoints(workdir.checkpoints, experiment.cadence.keep, 'bits_per_byte')
@@ -108,6 +114,12 @@ def train(
       data=data,
       workdir=workdir,
       writer=writer,
+      faults=FaultLog(
+        JsonLines(workdir.faults),
+        data.train,
+        display,
+        None if experiment.guard is None else experiment.guard.stop_after,
+      ),
       checkpoints=checkpoints,
       clock=Clock(data_spec.batch_size * data_spec.length),
       flops_per_token=training_flops(
@@ -123,7 +135,7 @@ def train(
 def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
   """Drops log rows of steps that the checkpoint does not know of: they will be run again."""
   writer.truncate(step)
-  for path in (workdir.evaluations, workdir.samples):
+  for path in (workdir.evaluations, workdir.samples, workdir.faults):
     JsonLines(path).truncate(step)
 
 
@@ -147,24 +159,27 @@ def _loop(
   """Dispatches one step ahead of the one whose results are read."""
   total, cadence = run.experiment.train_steps, run.experiment.cadence
   batches = run.data.train_batches(start)
-  pending: tuple[int, Metrics] | None = None
+  pending: _Pending | None = None
   evaluation: Evaluation | None = None
   for done in range(start + 1, total + 1):
     begin = time.perf_counter()
-    batch = jax.device_put(next(batches), run.program.batch_sharding)
+    rows = next(batches)
+    batch = jax.device_put(rows, run.program.batch_sharding)
     host_seconds = time.perf_counter() - begin
     state, metrics = step(state, batch)
     metrics['host_seconds'] = host_seconds
     _finish(run, pending)
-    pending = (done, metrics)
+    pending = _Pending(done, metrics, np.asarray(rows.documents))
     last = done == total
-    halt = stop.requested is not None
+    halt = stop.requested is not None or run.faults.exhausted
     evaluating = last or _due(done, cadence.evaluate)
     saving = last or halt or _due(done, cadence.save)
     if not (evaluating or saving or _due(done, cadence.sample)):
       continue
     _finish(run, pending)
     pending = None
+    if run.faults.exhausted:
+      _stop_skipping(run, state, done)
     with run.clock.pause():
       try:
         evaluation = None
@@ -183,17 +198,35 @@ def _loop(
   return Outcome(total, None, evaluation)
 
 
+def _stop_skipping(run: _Run, state: TrainState, step: int) -> None:
+  """Saves the state, which is that of the last accepted step, and raises."""
+  # Whoever goes on has every chance again.
+  fresh = jax.device_put(jnp.int32(0), state.guard.in_a_row.sharding)
+  _save(run, state.replace(guard=state.guard.replace(in_a_row=fresh)), step, None)
+  run.checkpoints.wait()
+  raise run.faults.error(step)
+
+
 def _due(step: int, every: int | None) -> bool:
   return every is not None and step % every == 0
 
 
-def _finish(run: _Run, pending: tuple[int, Metrics] | None) -> None:
+class _Pending(NamedTuple):
+  """A dispatched step; documents are the [B, T] of its batch."""
+
+  step: int
+  metrics: Metrics
+  documents: np.ndarray
+
+
+def _finish(run: _Run, pending: _Pending | None) -> None:
   """Waits for a dispatched step, counts it, and logs it if its turn has come."""
   if pending is None:
     return
-  step, metrics = pending
+  step, metrics, documents = pending
   jax.block_until_ready(metrics['loss'])
   run.clock.tick(step)
+  run.faults.read(step, metrics, documents)
   if step == 1 or step == run.experiment.train_steps or _due(step, run.experiment.cadence.log):
     run.writer.write(step, _numbers(run, step, jax.device_get(metrics)))
 
@@ -216,20 +249,29 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
 
 def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation:
   batches = None if last else run.experiment.cadence.evaluate_batches
-  result = evaluate(run.program, state.params, state.buffers, run.data.heldout, batches)
-  row = {'step': step, **result._asdict(), 'all': batches is None}
-  JsonLines(run.workdir.evaluations).append(row)
-  run.writer.write_scalars(step, 'heldout', {'bits_per_byte': result.bits_per_byte})
-  run.writer.display.message(
-    f'step {step}  held-out bits/byte {result.bits_per_byte:.4f}  loss {result.loss:.4f}'
+  measure = functools.partial(
+    evaluate, run.program, buffers=state.buffers, split=run.data.heldout, batches=batches
   )
+  result = measure(state.params)
+  row = {'step': step, **result._asdict(), 'all': batches is None}
+  figures = {'bits_per_byte': result.bits_per_byte}
+  message = f'step {step}  held-out bits/byte {result.bits_per_byte:.4f}  loss {result.loss:.4f}'
+  if run.experiment.ema is not None:
+    averaged = measure(state.ema)
+    row |= {'ema_loss': averaged.loss, 'ema_bits_per_byte': averaged.bits_per_byte}
+    figures['ema_bits_per_byte'] = averaged.bits_per_byte
+    message += f'  averaged weights {averaged.bits_per_byte:.4f}'
+  JsonLines(run.workdir.evaluations).append(row)
+  run.writer.write_scalars(step, 'heldout', figures)
+  run.writer.display.message(message)
   return result
 
 
 def _sample(run: _Run, state: TrainState, step: int) -> None:
   if run.sample is None:
     return
-  for row in run.sample(state.params, state.buffers):
+  weights = state.params if run.experiment.ema is None else state.ema
+  for row in run.sample(weights, state.buffers):
     JsonLines(run.workdir.samples).append({'step': step, **row})
     line = (row['prompt'] + row['text']).replace('\n', ' ⏎ ')
     run.writer.display.message(f'sample: {line}')

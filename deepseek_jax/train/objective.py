@@ -98,6 +98,7 @@ def training_loss(
   mtp_weight: jax.Array,
   context: Context,
   chunk: int,
+  scale: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any]]:
   """Returns a microbatch's share of the loss, and what it observed.
 
@@ -109,6 +110,7 @@ def training_loss(
     mtp_weight: [] weight λ of the mean MTP loss.
     context: facts about the microbatch.
     chunk: positions of each row whose logits exist at once.
+    scale: [] float32 factor on what is differentiated, or None; see `core.loss_scale`.
 
   Returns:
     The scalar to differentiate; a dict of scalars that add up over microbatches (`loss` and
@@ -123,17 +125,24 @@ def training_loss(
     variables, context, method=forward, mutable=['losses', 'observed']
   )
   depth = len(hiddens) - 1
-  weights = target_weights(batch, depth)
+  weights, divisors = target_weights(batch, depth), totals.targets
+  if scale is not None:
+    # The vocabulary loss makes, and rounds, its gradient in the forward pass, before any factor
+    # from outside reaches it: there the targets' weights must carry the scale already.
+    weights *= (scale / divisors)[:, None, None]
+    divisors = jnp.full_like(divisors, scale)
   with jax.named_scope('vocabulary_loss'):
-    losses = [
+    sums = [
       chunked_cross_entropy(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
-      / totals.targets[k]
       for k, hidden in enumerate(hiddens)
     ]
+  losses = [total / divisors[k] for k, total in enumerate(sums)]
   auxiliary = sum((jnp.sum(x) for x in jax.tree.leaves(reported.get('losses', {}))), jnp.float32(0))
   auxiliary /= totals.rows
   mtp = sum(losses[1:], jnp.float32(0)) / max(depth, 1)
   total = losses[0] + mtp_weight * mtp + auxiliary
+  if scale is not None:
+    total *= scale
   scalars = {'loss': losses[0], 'auxiliary_loss': auxiliary}
   if depth:
     scalars['mtp_loss'] = mtp

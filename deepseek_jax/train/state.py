@@ -30,8 +30,15 @@ class TrainState:
   carry: Any = ()
 
 
-def fresh_state(params: Any, buffers: Any, opt_state: Any) -> TrainState:
+def fresh_state(
+  params: Any, buffers: Any, opt_state: Any, ema: Any = (), guard: Any = ()
+) -> TrainState:
   """Returns the state before the first step; its step is [] int32, zero."""
   return TrainState(
-    step=jnp.zeros((), jnp.int32), params=params, buffers=buffers, opt_state=opt_state
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    buffers=buffers,
+    opt_state=opt_state,
+    ema=ema,
+    guard=guard,
   )

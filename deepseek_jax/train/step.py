@@ -17,6 +17,7 @@ from deepseek_jax.optim.balance import update_buffers
 from deepseek_jax.sharding.mesh import make_mesh
 from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings, tree_specs
 from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.guard import fresh_guard, make_settle
 from deepseek_jax.train.objective import (
   batch_context,
   batch_totals,
@@ -88,7 +89,14 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
   def init(key: jax.Array) -> TrainState:
     variables = nn.meta.unbox(init_variables(decoder, key))
     params, buffers = variables['params'], variables['buffers']
-    return fresh_state(params, buffers, optimizer.init(params))
+    return fresh_state(
+      params,
+      buffers,
+      optimizer.init(params),
+      # A copy: the step is given the memory of both, and one array cannot be given away twice.
+      ema=() if experiment.ema is None else jax.tree.map(jnp.copy, params),
+      guard=fresh_guard(experiment.guard, experiment.precision),
+    )
 
   shapes = jax.eval_shape(init, jax.random.key(0))
   specs = state_specs(experiment, shapes, axes)
@@ -165,9 +173,10 @@ def make_step(
   depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
   mtp_weight = experiment.objective.build(total_steps)
   factor = experiment.schedule.build(total_steps)
-  bias_rate = None if experiment.balance is None else experiment.balance.build(total_steps)
+  update = make_update(experiment, optimizer)
+  settle = make_settle(experiment.guard, experiment.precision)
 
-  def gradients(state: TrainState, batch: Batch) -> tuple[Any, Metrics, Any]:
+  def gradients(state: TrainState, batch: Batch, scale: Any) -> tuple[Any, Metrics, Any]:
     totals = batch_totals(batch, depth)
     weight = mtp_weight(state.step)
 
@@ -175,7 +184,7 @@ def make_step(
       context = batch_context(part, experiment.rules, state.step)
       variables = {'params': params, 'buffers': state.buffers}
       chunk = experiment.objective.chunk
-      return training_loss(decoder, variables, part, totals, weight, context, chunk)
+      return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
 
     differentiate = jax.grad(loss, has_aux=True)
     if experiment.microbatches == 1:
@@ -193,27 +202,51 @@ def make_step(
     return jax.lax.scan(accumulate, zeros, parts)[0]
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-    grads, scalars, observed = gradients(state, batch)
+    scale = None if experiment.precision.scaling is None else state.guard.scaling.scale
+    grads, scalars, observed = gradients(state, batch, scale)
+    if scale is not None:
+      grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
+    norm = optax.tree.norm(grads)
+    proposed = update(state, grads, observed)
+    settled, report = settle(state, proposed, scalars, norm)
+    metrics = {
+      **scalars,
+      'grad_norm': norm,
+      'learning_rate': experiment.optimizer.peak_lr * factor(accepted_steps(state)),
+      'tokens': jnp.sum(batch.weights),
+      'observed': observed,
+      'bias': settled.buffers,
+      **report,
+    }
+    return dataclasses.replace(settled, step=state.step + 1), metrics
+
+  return step
+
+
+def make_update(
+  experiment: Experiment, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Any, Any], TrainState]:
+  """Returns `(state, gradients, observed) -> state`: what a step proposes; its `step` is as was."""
+  balance = experiment.balance
+  bias_rate = None if balance is None else balance.build(experiment.train_steps)
+
+  def update(state: TrainState, grads: Any, observed: Any) -> TrainState:
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
-    buffers = state.buffers
+    buffers, ema = state.buffers, state.ema
     if bias_rate is not None:
       buffers = update_buffers(buffers, observed, bias_rate(state.step))
-    metrics = {
-      **scalars,
-      'grad_norm': optax.tree.norm(grads),
-      'learning_rate': experiment.optimizer.peak_lr * factor(state.step),
-      'tokens': jnp.sum(batch.weights),
-      'observed': observed,
-      'bias': buffers,
-    }
-    new = dataclasses.replace(
-      state, step=state.step + 1, params=params, buffers=buffers, opt_state=opt_state
-    )
-    return new, metrics
+    if experiment.ema is not None:
+      ema = experiment.ema.update(ema, params, accepted_steps(state))
+    return dataclasses.replace(state, params=params, buffers=buffers, opt_state=opt_state, ema=ema)
 
-  return step
+  return update
+
+
+def accepted_steps(state: TrainState) -> jax.Array:
+  """Returns how many updates the weights have seen, [] int32: the optimizer's own count."""
+  return state.step - state.guard.skipped if state.guard else state.step
 
 
 def make_evaluate(experiment: Experiment, decoder: Decoder) -> Callable[..., Metrics]:
@@ -264,7 +297,7 @@ def state_specs(experiment: Experiment, shapes: TrainState, axes: dict[str, Any]
     params=params,
     buffers=buffers,
     opt_state=jax.tree_util.tree_map_with_path(optimizer_spec, shapes.opt_state),
-    ema=jax.tree.map(lambda _: PartitionSpec(), shapes.ema),
+    ema=params if jax.tree.leaves(shapes.ema) else (),
     guard=jax.tree.map(lambda _: PartitionSpec(), shapes.guard),
     carry=jax.tree.map(lambda _: PartitionSpec(), shapes.carry),
   )

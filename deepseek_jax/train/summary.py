@@ -89,6 +89,7 @@ def describe_memory(program: Program, compile_step: bool) -> str:
   rows = [
     ('parameters', bytes_text(local(state.params))),
     ('optimizer state', bytes_text(local(state.opt_state))),
+    *([('averaged weights', bytes_text(local(state.ema)))] if jax.tree.leaves(state.ema) else []),
     ('gradients', bytes_text(local(state.params))),
   ]
   if compile_step:

@@ -47,6 +47,11 @@ class Workdir:
     """Continuations of the prompts, one JSON object a line."""
     return self.path / 'samples.jsonl'
 
+  @property
+  def faults(self) -> pathlib.Path:
+    """Skipped steps and their documents, one JSON object a line."""
+    return self.path / 'faults.jsonl'
+
   def read(self) -> Experiment | None:
     """Returns the experiment that runs here, or None where there is none yet.
 
@@ -101,6 +106,10 @@ def compare(old: Experiment, new: Experiment) -> list[Change]:
     new = dataclasses.replace(new, precision=old.precision)
   changes = difference(old, new)
   parts = set(FATAL)
+  # An edited guard or average goes on with the numbers of the old one; a new one has none.
+  for name in ('guard', 'ema'):
+    if (getattr(old, name) is None) != (getattr(new, name) is None):
+      parts.add(name)
   if plan_segments(old.model, old.remat) != plan_segments(new.model, new.remat):
     # Checkpoints hold weights as the scans stack them, and a rematerialisation may regroup scans.
     parts.add('remat')

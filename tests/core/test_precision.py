@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.override import override_from_text
-from deepseek_jax.core.precision import BFloat16, Fastest, Float32, Precision
+from deepseek_jax.core.precision import BFloat16, Fastest, Float16, Float32, Precision
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,10 +15,15 @@ class Run:
   precision: Precision = Float32()
 
 
-@pytest.mark.parametrize(('text', 'dtype'), [('Float32', jnp.float32), ('BFloat16', jnp.bfloat16)])
+@pytest.mark.parametrize(
+  ('text', 'dtype'),
+  [('Float32', jnp.float32), ('BFloat16', jnp.bfloat16), ('Float16', jnp.float16)],
+)
 def test_compute_dtype(text, dtype):
   run, _ = override_from_text(Run(), {'precision': text})
   assert jnp.dtype(run.precision.compute) == dtype
+  # float16 alone has so little range that its gradients need a factor.
+  assert (run.precision.scaling is not None) == (dtype == jnp.float16)
 
 
 def test_fastest_has_none_before_it_is_measured():
@@ -29,4 +34,4 @@ def test_fastest_has_none_before_it_is_measured():
 
 
 def test_kinds_differ():
-  assert len({Float32(), BFloat16(), Fastest(), Float32()}) == 3
+  assert len({Float32(), BFloat16(), Float16(), Fastest(), Float32()}) == 4

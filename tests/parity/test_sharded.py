@@ -163,12 +163,15 @@ def assert_same_steps(found, expected) -> None:
   for number, ((state, metrics), (state_1, metrics_1)) in enumerate(zip(found, expected), start=1):
     where = f'after step {number}'
     assert int(state.step) == int(state_1.step) == number
-    for name in metrics_1.keys() - {'observed', 'bias'}:
+    for name in metrics_1.keys() - {'observed', 'bias', 'guard'}:
       assert metrics[name] == pytest.approx(metrics_1[name], rel=TOLERANCE), f'{where}: {name}'
     moments, moments_1 = state.opt_state[1], state_1.opt_state[1]
     assert_same(moments.mu, moments_1.mu, f'{where}: mean gradient')
     assert_same(moments.nu, moments_1.nu, f'{where}: mean squared gradient')
     assert_same(state.params, state_1.params, f'{where}: parameters')
+    # What the guard judges by is the same number everywhere, and so is its verdict.
+    assert_same({'': state.guard.mean}, {'': state_1.guard.mean}, f'{where}: guard')
+    assert int(state.guard.skipped) == int(metrics['guard']['fault']) == 0
     # Loads are counts: one token that goes to another expert is a difference.
     jax.tree.map(np.testing.assert_array_equal, metrics['observed'], metrics_1['observed'])
     assert_same(state.buffers, state_1.buffers, f'{where}: buffers')

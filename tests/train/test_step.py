@@ -102,7 +102,7 @@ def test_metrics(steps):
   (_, first), (_, second) = steps[0][1:]
   assert set(first) == {
     'loss', 'mtp_loss', 'auxiliary_loss', 'grad_norm', 'learning_rate', 'tokens', 'observed',
-    'bias',
+    'bias', 'skipped_steps', 'guard',
   }  # fmt: skip
   assert first['tokens'] == 3 * LENGTH + 10
   assert first['learning_rate'] == pytest.approx(1e-2 / 2)
