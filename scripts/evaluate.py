@@ -48,7 +48,8 @@ def main() -> None:
   step = STEP.value or Checkpoints(workdir.checkpoints).latest()
   if step is None:
     raise ConfigError(f'{workdir.checkpoints}: no checkpoint; the run has not saved one yet')
-  params, buffers, _ = restore_params(workdir.checkpoints, step, WEIGHTS.value)
+  weights: Any = WEIGHTS.value
+  params, buffers, _ = restore_params(workdir.checkpoints, step, weights)
   program = build_program(experiment)
   state = program.abstract_state
   place = lambda tree, like: jax.tree.map(  # noqa: E731

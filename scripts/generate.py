@@ -59,8 +59,8 @@ def main() -> None:
     sampler = Sample(
       temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value
     )
-  workdir = pathlib.Path(WORKDIR.value)
-  generator = from_pretrained(workdir, STEP.value, WEIGHTS.value).generator
+  weights: Any = WEIGHTS.value
+  generator = from_pretrained(pathlib.Path(WORKDIR.value), STEP.value, weights).generator
   prompts = PROMPT.value or [read_prompt()]
   pieces = generator.stream(
     prompts,

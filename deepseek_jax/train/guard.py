@@ -221,7 +221,8 @@ def _count(
   away = jnp.where(accepted, values - state.mean, 0)
   mean = state.mean + share * away
   variance = (1 - share) * (state.variance + share * away**2)
-  return state.replace(
+  return dataclasses.replace(
+    state,
     skipped=state.skipped + ~accepted,
     in_a_row=jnp.where(accepted, 0, state.in_a_row + 1),
     spikes=jnp.where(accepted, 0, state.spikes + (fault == SPIKE)),
@@ -245,4 +246,4 @@ def _rescale(
   scaling = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, before.scaling)
   lowered = overflow & (scaling.scale < before.scaling.scale)
   in_a_row = jnp.where(lowered, before.in_a_row, after.in_a_row)
-  return after.replace(scaling=scaling, in_a_row=in_a_row)
+  return dataclasses.replace(after, scaling=scaling, in_a_row=in_a_row)

@@ -202,7 +202,8 @@ def _stop_skipping(run: _Run, state: TrainState, step: int) -> None:
   """Saves the state, which is that of the last accepted step, and raises."""
   # Whoever goes on has every chance again.
   fresh = jax.device_put(jnp.int32(0), state.guard.in_a_row.sharding)
-  _save(run, state.replace(guard=state.guard.replace(in_a_row=fresh)), step, None)
+  guard = dataclasses.replace(state.guard, in_a_row=fresh)
+  _save(run, dataclasses.replace(state, guard=guard), step, None)
   run.checkpoints.wait()
   raise run.faults.error(step)
 

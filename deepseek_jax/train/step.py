@@ -86,18 +86,7 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
   schedule = experiment.schedule.build(experiment.train_steps)
   optimizer = experiment.optimizer.build(schedule, axes['params'])
 
-  def init(key: jax.Array) -> TrainState:
-    variables = nn.meta.unbox(init_variables(decoder, key))
-    params, buffers = variables['params'], variables['buffers']
-    return fresh_state(
-      params,
-      buffers,
-      optimizer.init(params),
-      # A copy: the step is given the memory of both, and one array cannot be given away twice.
-      ema=() if experiment.ema is None else jax.tree.map(jnp.copy, params),
-      guard=fresh_guard(experiment.guard, experiment.precision),
-    )
-
+  init = make_init(experiment, decoder, optimizer)
   shapes = jax.eval_shape(init, jax.random.key(0))
   specs = state_specs(experiment, shapes, axes)
   sizes = {str(axis): size for axis, size in mesh.shape.items()}
@@ -163,6 +152,26 @@ class OnMesh:
     """Lowers the function for arguments or their shapes."""
     with jax.set_mesh(self.mesh):
       return self.function.lower(*arguments)
+
+
+def make_init(
+  experiment: Experiment, decoder: Decoder, optimizer: optax.GradientTransformation
+) -> Callable[[jax.Array], TrainState]:
+  """Returns the pure function `key -> TrainState`, not yet jitted."""
+
+  def init(key: jax.Array) -> TrainState:
+    variables = nn.meta.unbox(init_variables(decoder, key))
+    params, buffers = variables['params'], variables['buffers']
+    return fresh_state(
+      params,
+      buffers,
+      optimizer.init(params),
+      # A copy: the step is given the memory of both, and one array cannot be given away twice.
+      ema=() if experiment.ema is None else jax.tree.map(jnp.copy, params),
+      guard=fresh_guard(experiment.guard, experiment.precision),
+    )
+
+  return init
 
 
 def make_step(

@@ -29,8 +29,8 @@ from deepseek_jax.train.objective import batch_context, batch_totals, training_l
 from deepseek_jax.train.step import Program, build_program
 
 SCALES: dict[str, LossScale] = {
+  'Static(1)': Static(scale=1.0),
   'Static(2^12)': Static(scale=2.0**12),
-  'Static(2^14)': Static(scale=2.0**14),
   'BackOff(interval=25)': BackOff(interval=25),
   'BackOff(interval=100)': BackOff(interval=100),
   'BackOff(interval=2000)': BackOff(),
@@ -40,6 +40,8 @@ PROBE_STEPS = 25
 """Every so many steps, gradients are made in float32 too and compared with float16's range."""
 ROUNDS_TO_ZERO = 2.0**-25
 """Half of the smallest float16."""
+NORMAL = 2.0**-14
+"""The smallest float16 that has all of its 11 bits."""
 
 
 def experiment(scaling: LossScale, steps: int) -> Experiment:
@@ -49,7 +51,7 @@ def experiment(scaling: LossScale, steps: int) -> Experiment:
     base,
     name='loss_scaling',
     model=dataclasses.replace(base.model, mtp=None),
-    optimizer=AdamW(peak_lr=1e-2, clip_norm=None),
+    optimizer=AdamW(peak_lr=3e-2, clip_norm=None),
     schedule=Constant(),
     train_steps=steps,
     precision=Float16(scaling=scaling),
@@ -59,7 +61,10 @@ def experiment(scaling: LossScale, steps: int) -> Experiment:
 
 
 def make_probe(config: Experiment) -> Callable[..., jax.Array]:
-  """Returns `(params, buffers, batch, scale) -> share` of gradient entries that float16 loses."""
+  """Returns `(params, buffers, batch, scale) -> shares` [2] of gradient entries.
+
+  The first are lost to zero in float16, the second lose bits: they are below its normal range.
+  """
   decoder = config.model.build(dtype=jnp.float32)
 
   def probe(params: Any, buffers: Any, batch: Any, scale: jax.Array) -> jax.Array:
@@ -71,8 +76,12 @@ def make_probe(config: Experiment) -> Callable[..., jax.Array]:
       return training_loss(decoder, variables, batch, totals, jnp.float32(0), context, chunk)[0]
 
     grads = jax.tree.leaves(jax.grad(loss)(params))
-    lost = sum(jnp.sum((g != 0) & (jnp.abs(g) * scale < ROUNDS_TO_ZERO)) for g in grads)
-    return lost / sum(jnp.sum(g != 0) for g in grads)
+    limits = jnp.float32([ROUNDS_TO_ZERO, NORMAL])
+    below = [
+      jnp.sum((g != 0) & (jnp.abs(g) * scale < limits[:, None]), axis=1)
+      for g in (grad.reshape(-1) for grad in grads)
+    ]
+    return sum(below) / sum(jnp.sum(g != 0) for g in grads)
 
   return jax.jit(probe)
 
@@ -82,12 +91,12 @@ def run(program: Program, probe: Callable[..., jax.Array], data: Any, seed: int)
   state = program.init(jax.random.key(seed))
   # Seeds differ in weights and in text.
   batches = data.train_batches(seed * 1000)
-  overflows, lost, losses, scales = 0, [], [], []
+  overflows, shares, losses, scales = 0, [], [], []
   for number in range(program.experiment.train_steps):
     batch = jax.device_put(next(batches), program.batch_sharding)
     if number % PROBE_STEPS == 0:
       scale = state.guard.scaling.scale
-      lost.append(float(probe(state.params, state.buffers, batch, scale)))
+      shares.append(probe(state.params, state.buffers, batch, scale).tolist())
     state, metrics = program.step(state, batch)
     overflows += KINDS[int(metrics['guard']['fault'])] == 'overflow'
     losses.append(float(metrics['loss']))
@@ -96,7 +105,8 @@ def run(program: Program, probe: Callable[..., jax.Array], data: Any, seed: int)
     'seed': seed,
     'steps': len(losses),
     'overflows': overflows,
-    'lost_share': statistics.mean(lost),
+    'lost_share': statistics.mean(lost for lost, _ in shares),
+    'coarse_share': statistics.mean(coarse for _, coarse in shares),
     'median_scale': statistics.median(scales),
     'final_loss': statistics.mean(losses[-20:]),
   }
@@ -126,11 +136,12 @@ def main() -> None:
         file.writelines(json.dumps({'scaling': name, **row}) + '\n' for row in rows)
       columns = ((name, 0) for name in ('overflows', 'median_scale'))
       figures = [spread([row[key] for row in rows], digits) for key, digits in columns]
-      figures.append(spread([100 * row['lost_share'] for row in rows], 2))
+      for key in ('lost_share', 'coarse_share'):
+        figures.append(spread([100 * row[key] for row in rows], 2))
       figures.append(spread([row['final_loss'] for row in rows], 3))
       lines.append((name, *figures))
       print(*lines[-1], sep=' | ', flush=True)
-  headers = ('kind', 'overflowed steps', 'median scale', 'entries lost, %', 'final loss')
+  headers = ('kind', 'overflows', 'median scale', 'lost, %', 'below 2^-14, %', 'final loss')
   print(table(lines, headers))
 
 
