@@ -35,6 +35,7 @@ def main() -> None:
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.data.yardstick import yardsticks
   from deepseek_jax.train.checkpoint import Checkpoints, restore_params
+  from deepseek_jax.train.checkpoint_reader import require_equal_trees
   from deepseek_jax.train.evaluate import evaluate
   from deepseek_jax.train.step import build_program
   from deepseek_jax.train.workdir import Workdir, write_json
@@ -45,13 +46,20 @@ def main() -> None:
   experiment = workdir.read()
   if experiment is None:
     raise ConfigError(f'{workdir.path}: no run here (there is no config.json)')
-  step = STEP.value or Checkpoints(workdir.checkpoints).latest()
+  step = STEP.value
+  if step is None:
+    step = Checkpoints(workdir.checkpoints).latest()
   if step is None:
     raise ConfigError(f'{workdir.checkpoints}: no checkpoint; the run has not saved one yet')
   weights: Any = WEIGHTS.value
   params, buffers, _ = restore_params(workdir.checkpoints, step, weights)
   program = build_program(experiment)
   state = program.abstract_state
+  require_equal_trees(
+    workdir.checkpoints / str(step),
+    {'params': params, 'buffers': buffers},
+    {'params': state.params, 'buffers': state.buffers},
+  )
   place = lambda tree, like: jax.tree.map(  # noqa: E731
     lambda x, leaf: jax.device_put(x, leaf.sharding), tree, like
   )

@@ -59,9 +59,9 @@ def main() -> None:
     sampler = Sample(
       temperature=TEMPERATURE.value, top_k=TOP_K.value, top_p=TOP_P.value, min_p=MIN_P.value
     )
+  prompts = [check_text('--prompt', text) for text in PROMPT.value] or [read_prompt()]
   weights: Any = WEIGHTS.value
   generator = from_pretrained(pathlib.Path(WORKDIR.value), STEP.value, weights).generator
-  prompts = PROMPT.value or [read_prompt()]
   pieces = generator.stream(
     prompts,
     max_new_tokens=TOKENS.value,
@@ -76,7 +76,19 @@ def read_prompt() -> str:
   """Reads a prompt from standard input, without the newline at its end."""
   if sys.stdin.isatty():
     print('prompt (end with Ctrl-D):', file=sys.stderr)
-  return sys.stdin.read().removesuffix('\n')
+  return check_text('standard input', sys.stdin.read()).removesuffix('\n')
+
+
+def check_text(where: str, text: str) -> str:
+  """Returns a text of the user's, in which Python marks bytes that are no UTF-8 as surrogates."""
+  from deepseek_jax.core.config import ConfigError
+
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError as error:
+    at = len(text[: error.start].encode('utf-8'))
+    raise ConfigError(f'{where}: not UTF-8 at byte {at}; expected UTF-8 text') from None
+  return text
 
 
 def show(prompts: Sequence[str], pieces: Iterable[Any]) -> None:

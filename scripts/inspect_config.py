@@ -22,7 +22,6 @@ def main(config_path: str | None, assignments: dict[str, str]) -> None:
   import jax
 
   from deepseek_jax.core.config import ConfigError
-  from deepseek_jax.core.load import load_config
   from deepseek_jax.core.override import override_from_text
   from deepseek_jax.core.serialise import difference, to_python
   from deepseek_jax.models.cost import weights_of
@@ -32,11 +31,11 @@ def main(config_path: str | None, assignments: dict[str, str]) -> None:
 
   if config_path is None:
     raise ConfigError('--config is missing; for example --config=configs/quickstart.py')
-  experiment, changes = override_from_text(load_config(config_path), assignments)
+  experiment, changes = override_from_text(launch.load_experiment(config_path), assignments)
   for change in changes:
     print(f'changed  {change}')
   if AGAINST.value is not None:
-    for change in difference(load_config(AGAINST.value), experiment):
+    for change in difference(launch.load_experiment(AGAINST.value), experiment):
       print(change)
     return
   decoder = experiment.model.build()

@@ -15,12 +15,35 @@ CONFIGS = pathlib.Path(__file__).resolve().parents[1] / 'configs'
 
 
 def cache_dir(given: str | None) -> pathlib.Path:
-  """Returns the folder for tokens and pack plans: the one given, or one in the user's cache."""
-  if given:
-    return pathlib.Path(given)
+  """Returns the folder for tokens and pack plans: the one given, or one in the user's cache.
+
+  Raises:
+    ConfigError: there is no such folder and it cannot be made.
+  """
   environ = os.environ
   base = environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache'
-  return pathlib.Path(environ.get('DEEPSEEK_JAX_CACHE') or pathlib.Path(base) / 'deepseek_jax')
+  usual = environ.get('DEEPSEEK_JAX_CACHE') or pathlib.Path(base) / 'deepseek_jax'
+  folder = pathlib.Path(given or usual)
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(f'--cache_dir {folder}: {error.strerror}; expected a folder') from error
+  return folder
+
+
+def load_experiment(config_path: str) -> Any:
+  """Returns the `Experiment` that a config file gives.
+
+  Raises:
+    ConfigError: the file gives none.
+  """
+  from deepseek_jax.core.load import load_config
+  from deepseek_jax.train.experiment import Experiment
+
+  found = load_config(config_path)
+  if not isinstance(found, Experiment):
+    raise ConfigError(f'{config_path}: expected an Experiment, found {type(found).__name__}')
+  return found
 
 
 def named_config(name: str, config_path: str | None = None) -> Any:
@@ -36,19 +59,13 @@ def named_config(name: str, config_path: str | None = None) -> Any:
   Raises:
     ConfigError: the file given cannot be read, or gives something else.
   """
-  from deepseek_jax.core.load import load_config
-  from deepseek_jax.train.experiment import Experiment
-
   if config_path is None:
     file = CONFIGS / f'{name}.py'
     # The name is a run's own: it may hold anything, a path among it.
     if not name.isidentifier() or name.startswith('_') or not file.is_file():
       return None
     config_path = str(file)
-  found = load_config(config_path)
-  if not isinstance(found, Experiment):
-    raise ConfigError(f'{config_path}: expected an Experiment, found {type(found).__name__}')
-  return found
+  return load_experiment(config_path)
 
 
 def try_report(workdir: pathlib.Path, name: str, config_path: str | None) -> None:

@@ -37,17 +37,12 @@ COMPILE_LIMIT = 4e9
 def main(config_path: str | None, assignments: dict[str, str]) -> int:
   """Runs the script; returns the exit code."""
   from deepseek_jax.core.config import ConfigError
-  from deepseek_jax.core.load import load_config
   from deepseek_jax.core.override import override_from_text
-  from deepseek_jax.train.experiment import Experiment
   from deepseek_jax.train.workdir import Workdir
 
   if config_path is None:
     raise ConfigError('--config is missing; for example --config=configs/quickstart.py')
-  experiment = load_config(config_path)
-  if not isinstance(experiment, Experiment):
-    raise ConfigError(f'{config_path}: expected an Experiment, found {type(experiment).__name__}')
-  experiment, changes = override_from_text(experiment, assignments)
+  experiment, changes = override_from_text(launch.load_experiment(config_path), assignments)
   for change in changes:
     print(f'changed  {change}')
   cache = launch.cache_dir(CACHE_DIR.value)
@@ -97,7 +92,8 @@ def run(experiment: Any, workdir: Any, cache: pathlib.Path, config_path: str) ->
   from deepseek_jax.train.workdir import compare
 
   earlier = workdir.read()
-  if earlier is not None:
+  # A start that failed before its first step, on a misspelt path say, binds nobody.
+  if earlier is not None and workdir.trained:
     for change in compare(earlier, experiment):
       print(f'differs from the run in {workdir.path}: {change}')
     experiment = resolved(experiment, earlier.precision)

@@ -71,7 +71,7 @@ def _execute(file: Path) -> ModuleType:
   sys.modules[name] = module
   try:
     spec.loader.exec_module(module)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     if before is None:
       del sys.modules[name]
     else:
@@ -97,11 +97,11 @@ def _is_of(module: ModuleType, file: Path) -> bool:
 def _call(get_config: Any, file: Path) -> Any:
   try:
     return get_config()
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise _failure(error, file) from error
 
 
-def _failure(error: Exception, file: Path) -> ConfigError:
+def _failure(error: BaseException, file: Path) -> ConfigError:
   if isinstance(error, SyntaxError) and error.filename and Path(error.filename).name == file.name:
     line = error.lineno
     text = error.msg

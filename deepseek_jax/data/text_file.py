@@ -111,6 +111,8 @@ def _record(line: str, field: str, where: str) -> str:
     record = json.loads(line)
   except json.JSONDecodeError as error:
     raise ConfigError(f'{where}: not JSON at column {error.colno}: {error.msg}') from error
+  except RecursionError:
+    raise ConfigError(f'{where}: not JSON that can be read: nested too deeply') from None
   if not isinstance(record, dict):
     raise ConfigError(f'{where}: expected a JSON object, found {type(record).__name__}')
   if field not in record:

@@ -52,6 +52,13 @@ class Workdir:
     """Skipped steps and their documents, one JSON object a line."""
     return self.path / 'faults.jsonl'
 
+  @property
+  def trained(self) -> bool:
+    """Whether a step was logged or a checkpoint saved here."""
+    log = self.path / 'metrics.jsonl'
+    logged = log.is_file() and log.stat().st_size > 0
+    return logged or (self.checkpoints.is_dir() and any(self.checkpoints.iterdir()))
+
   def read(self) -> Experiment | None:
     """Returns the experiment that runs here, or None where there is none yet.
 

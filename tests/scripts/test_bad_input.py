@@ -140,6 +140,13 @@ CASES = {
   'remat saves what is not marked': (
     change('remat=Save(names=("atention",))'), 'atention', 'attention, feed_forward'
   ),
+  'guard that stops at once': (change('guard.stop_after=0'), '`stop_after` is 0', '1 or more'),
+  'guard without memory': (change('guard.spike.decay=1.0'), 'decay', '1.0', '[0, 1)'),
+  'average of nothing': (change('ema=EMA(decay=1.5)'), 'decay', '1.5'),
+  'scale of no power of 2': (
+    change('precision=Float16(scaling=Static(scale=3.0))'), 'Static.scale', '3.0', 'power of two'
+  ),
+  'unknown precision': (change('precision=Float8()'), 'precision', 'Float8', 'BFloat16'),
   'vocabulary too small': (change('model.vocab=100'), 'model.vocab is 100', '259', 'Bytes'),
   'microbatches that do not divide': (
     change('microbatches=3'), '`microbatches` is 3', 'data.batch_size 8'
@@ -236,6 +243,7 @@ CASES = {
   'checkpoint of other weights to evaluate': (
     evaluate('other_weights'), 'other_weights/checkpoints/1', 'float32[264, 24]', '[264, 16]'
   ),
+  'no averaged weights': (generate('good', '--weights=averaged'), 'checkpoints/1', 'averaged'),
   'no such checkpoint': (generate('good', '--step=7'), 'no checkpoint of step 7', 'there are 1'),
   'no such checkpoint to evaluate': (evaluate('good', '--step=7'), 'of step 7', 'there are 1'),
   'checkpoint 0': (evaluate('good', '--step=0'), 'of step 0', 'there are 1'),
@@ -246,9 +254,11 @@ CASES = {
   'a file to generate from': (generate('a_file'), 'runs/a_file'),
   'a file to evaluate': (evaluate('a_file'), 'runs/a_file is a file'),
   # Sampling.
-  'negative temperature': (generate('good', '--temperature=-1'), '`temperature` is -1'),
-  'top_p beyond 1': (generate('good', '--top_p=2'), '`top_p` is 2'),
-  'no top_k': (generate('good', '--top_k=0'), '`top_k` is 0'),
+  'negative temperature': (
+    generate('good', '--temperature=-1'), 'Sample.temperature', '-1.0', 'above 0'
+  ),
+  'top_p beyond 1': (generate('good', '--top_p=2'), 'Sample.top_p', '2.0', '(0, 1]'),
+  'no top_k': (generate('good', '--top_k=0'), 'Sample.top_k', 'found 0', 'at least 1'),
   'negative tokens': (generate('good', '--tokens=-4'), 'tokens', '-4'),
   'seed too large': (generate('good', f'--seed={2**40}'), 'seed', str(2**40)),
 }  # fmt: skip

@@ -182,3 +182,17 @@ def test_a_measured_precision_stays(run):
   assert compare(measured, dataclasses.replace(run, precision=Fastest())) == []
   (change,) = compare(measured, dataclasses.replace(run, precision=Float32()))
   assert change.path == 'precision'
+
+
+def test_a_run_is_trained_once_it_logged_or_saved(tmp_path, run):
+  workdir = Workdir(tmp_path / 'run')
+  assert not workdir.trained
+  workdir.write(run)
+  (workdir.path / 'metrics.jsonl').touch()
+  workdir.checkpoints.mkdir()
+  assert not workdir.trained
+  (workdir.checkpoints / '3').mkdir()
+  assert workdir.trained
+  (workdir.checkpoints / '3').rmdir()
+  (workdir.path / 'metrics.jsonl').write_text('{"step": 1}\n')
+  assert workdir.trained
