@@ -81,6 +81,7 @@ def dry_run(experiment: Any, cache: pathlib.Path) -> int:
 
 def run(experiment: Any, workdir: Any, cache: pathlib.Path, config_path: str) -> int:
   """Trains, and draws the report however that ends."""
+  from deepseek_jax.core.allocator import keep_freed_memory
   from deepseek_jax.core.precision import BFloat16, Fastest, Float32
   from deepseek_jax.train import events
   from deepseek_jax.train.display import make_display
@@ -91,6 +92,7 @@ def run(experiment: Any, workdir: Any, cache: pathlib.Path, config_path: str) ->
   from deepseek_jax.train.throughput import fastest_precision
   from deepseek_jax.train.workdir import compare
 
+  keep_freed_memory()
   earlier = workdir.read()
   # A start that failed before its first step, on a misspelt path say, binds nobody.
   if earlier is not None and workdir.trained:

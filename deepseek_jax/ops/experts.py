@@ -6,52 +6,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.ops.grouped_matmul import grouped_matmul_blocks, grouped_matmul_ragged
+from deepseek_jax.ops.expert_loop import Layout, block_sizes, loop_over_experts
 from deepseek_jax.ops.norm import swiglu
 
 
-class Layout(NamedTuple):
-  """Where each (token, choice) pair lies among the rows sorted by expert.
-
-  Attributes:
-    pair: [R] int32, the flat index n · K + k of the pair in each row; N · K marks padding.
-    row: [N, K] int32, the row of each pair.
-    sizes: [E] int32, rows of each expert, padding included.
-  """
-
-  pair: jax.Array
-  row: jax.Array
-  sizes: jax.Array
-
-
-def block_rows(pairs: int, experts: int) -> int:
-  """Chooses rows per block: about half an expert's even share, a power of two in [8, 128]."""
-  share = max(pairs // (2 * experts), 1)
-  return min(max(1 << (share.bit_length() - 1), 8), 128)
-
-
-def sort_by_expert(experts: jax.Array, count: int, block: int) -> Layout:
-  """Gives every (token, choice) pair a row, so that each expert has a run of whole blocks.
-
-  No pair is dropped: the number of rows is the worst case over all loads.
+def sort_by_expert(experts: jax.Array, count: int, padding: int = 0) -> Layout:
+  """Gives every (token, choice) pair a row, so that each expert has a run of rows.
 
   Args:
     experts: [N, K] int32.
     count: number of experts E.
-    block: rows per block.
+    padding: rows without a pair after the last expert's.
   """
   tokens, top_k = experts.shape
   pairs = tokens * top_k
-  blocks = (pairs + (block - 1) * min(count, pairs)) // block
   flat = experts.reshape(-1)
-  order = jnp.argsort(flat, stable=True)
-  loads = jnp.zeros(count, jnp.int32).at[flat].add(1)
-  sizes = (loads + block - 1) // block * block
-  shift = (jnp.cumsum(sizes) - sizes) - (jnp.cumsum(loads) - loads)
-  rows_in_order = jnp.arange(pairs, dtype=jnp.int32) + shift[flat[order]]
-  row = jnp.zeros(pairs, jnp.int32).at[order].set(rows_in_order, unique_indices=True)
-  pair = jnp.full(blocks * block, pairs, jnp.int32)
-  pair = pair.at[rows_in_order].set(order.astype(jnp.int32), unique_indices=True)
+  order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+  sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
+  row = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs), unique_indices=True)
+  pair = jnp.pad(order, (0, padding), constant_values=pairs)
   return Layout(pair, row.reshape(tokens, top_k), sizes)
 
 
@@ -132,21 +105,24 @@ def apply_experts(
   """
   count = matrices.gate.shape[0]
 
-  def run(block, multiply, x, experts, weights, gate, up, down):
-    layout = sort_by_expert(experts, count, block)
+  def looped(x, experts, weights, gate, up, down):
+    blocks = block_sizes(experts.size, count)
+    layout = sort_by_expert(experts, count, padding=blocks[0])
+    with jax.named_scope('experts'):
+      return loop_over_experts(x, weights, layout, gate, up, down, blocks)
+
+  def ragged(x, experts, weights, gate, up, down):
+    layout = sort_by_expert(experts, count)
     with jax.named_scope('spread'):
       rows = spread(x, layout)
+    multiply = functools.partial(jax.lax.ragged_dot, group_sizes=layout.sizes)
     with jax.named_scope('experts'):
-      hidden = swiglu(multiply(rows, gate, layout.sizes), multiply(rows, up, layout.sizes))
-      rows = multiply(hidden, down, layout.sizes)
+      rows = multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down)
     with jax.named_scope('combine'):
       return combine(rows, weights, layout)
 
-  # Only the CPU's loop over blocks needs groups that start at whole blocks.
-  block = block_rows(experts.size, count)
-  by_blocks = functools.partial(run, block, functools.partial(grouped_matmul_blocks, block=block))
-  ragged = functools.partial(run, 1, grouped_matmul_ragged)
-  return jax.lax.platform_dependent(x, experts, weights, *matrices, cpu=by_blocks, default=ragged)
+  # On CPU ragged_dot multiplies every row with every expert.
+  return jax.lax.platform_dependent(x, experts, weights, *matrices, cpu=looped, default=ragged)
 
 
 def apply_experts_reference(

@@ -7,16 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.ops.expert_loop import block_sizes, loop_over_experts
 from deepseek_jax.ops.experts import (
   ExpertWeights,
   apply_experts,
   apply_experts_reference,
-  block_rows,
   combine,
   sort_by_expert,
   spread,
 )
-from deepseek_jax.ops.grouped_matmul import grouped_matmul_blocks, grouped_matmul_ragged
 from deepseek_jax.ops.norm import swiglu
 
 D, F = 6, 5
@@ -40,39 +39,31 @@ def choices(case):
   return np.array(experts, np.int32), count
 
 
-@pytest.mark.parametrize('block', [1, 4, 8])
+@pytest.mark.parametrize('padding', [0, 8])
 @pytest.mark.parametrize('case', CASES)
-def test_sort_by_expert(case, block):
+def test_sort_by_expert(case, padding):
   experts, count = choices(case)
   tokens, top_k = experts.shape
-  layout = jax.jit(sort_by_expert, static_argnums=(1, 2))(experts, count, block)
+  layout = jax.jit(sort_by_expert, static_argnums=(1, 2))(experts, count, padding)
   pair, row, sizes = map(np.asarray, layout)
-  loads = np.bincount(experts.ravel(), minlength=count)
-  np.testing.assert_array_equal(sizes, -(-loads // block) * block)
-  assert sizes.sum() <= len(pair)
-  assert len(pair) % block == 0
+  np.testing.assert_array_equal(sizes, np.bincount(experts.ravel(), minlength=count))
+  assert len(pair) == tokens * top_k + padding
   assert row.shape == experts.shape
   # Row and pair are inverse to each other, and no pair is lost.
   np.testing.assert_array_equal(pair[row.ravel()], np.arange(tokens * top_k))
-  assert np.sum(pair < tokens * top_k) == tokens * top_k
-  # Every pair lies in the run of its expert, which starts at a whole block.
+  assert np.all(pair[tokens * top_k :] == tokens * top_k)
+  # Every pair lies in the run of its expert; within a run tokens keep their order.
   ends = np.cumsum(sizes)
-  expert_of_row = np.searchsorted(ends, row.ravel(), side='right')
-  np.testing.assert_array_equal(expert_of_row, experts.ravel())
-  # Within a run tokens keep their order.
   for expert in range(count):
     rows = row[experts == expert]
     np.testing.assert_array_equal(rows, ends[expert] - sizes[expert] + np.arange(len(rows)))
 
 
-def test_block_rows():
-  assert block_rows(pairs=3, experts=64) == 8
-  assert block_rows(pairs=8192, experts=16) == 128
-  assert block_rows(pairs=1024, experts=16) == 32
-  for pairs in (1, 100, 5000, 10**6):
-    block = block_rows(pairs, 8)
-    assert 8 <= block <= 128
-    assert block & (block - 1) == 0
+def test_block_sizes():
+  assert block_sizes(pairs=3, experts=64) == (8,)
+  assert block_sizes(pairs=512, experts=16) == (32, 16, 8)
+  assert block_sizes(pairs=16384, experts=32) == (512, 256, 128, 64)
+  assert block_sizes(pairs=10**6, experts=8) == (512, 256, 128, 64)
 
 
 def inputs(case, dtype=jnp.float32):
@@ -96,20 +87,26 @@ def experts_oracle(x, experts, weights, matrices):
   return out
 
 
-def assembled(block, multiply, x, experts, weights, matrices):
-  """What `apply_experts` runs on one platform, put together from the same pieces."""
-  layout = sort_by_expert(experts, matrices.gate.shape[0], block)
+def looped(blocks, x, experts, weights, matrices):
+  """The CPU's loop, with blocks so small that every expert needs several."""
+  layout = sort_by_expert(experts, matrices.gate.shape[0], padding=blocks[0])
+  return loop_over_experts(x, weights, layout, *matrices, blocks)
+
+
+def ragged(x, experts, weights, matrices):
+  """What `apply_experts` runs on accelerators, put together from the same pieces."""
+  layout = sort_by_expert(experts, matrices.gate.shape[0])
   rows = spread(x, layout)
-  hidden = swiglu(
-    multiply(rows, matrices.gate, layout.sizes), multiply(rows, matrices.up, layout.sizes)
-  )
-  return combine(multiply(hidden, matrices.down, layout.sizes), weights, layout)
+  multiply = functools.partial(jax.lax.ragged_dot, group_sizes=layout.sizes)
+  hidden = swiglu(multiply(rows, matrices.gate), multiply(rows, matrices.up))
+  return combine(multiply(hidden, matrices.down), weights, layout)
 
 
 FORMS = {
   'here': apply_experts,
-  'blocks_4': functools.partial(assembled, 4, functools.partial(grouped_matmul_blocks, block=4)),
-  'ragged': functools.partial(assembled, 1, grouped_matmul_ragged),
+  'blocks_4': functools.partial(looped, (4,)),
+  'blocks_8_4_2': functools.partial(looped, (8, 4, 2)),
+  'ragged': ragged,
 }
 
 
@@ -135,7 +132,7 @@ def test_reference(case):
 
 
 # What `apply_experts` itself picks takes longest to compile, and is made of the same pieces.
-PAIRS = [(form, case) for form in ('blocks_4', 'ragged') for case in CASES]
+PAIRS = [(form, case) for form in ('blocks_4', 'blocks_8_4_2', 'ragged') for case in CASES]
 PAIRS += [('here', case) for case in ('7_tokens', '45_tokens_idle_experts', 'one_token')]
 
 

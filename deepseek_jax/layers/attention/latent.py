@@ -14,6 +14,7 @@ from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.attention.causal import attend_causal
 from deepseek_jax.ops.attention.reference import attend, attend_latent, visible
 
 
@@ -145,7 +146,13 @@ class LatentAttention(nn.Module):
     return latent, c.rope.rotate(both[..., c.latent :], context.positions)
 
   def mix(
-    self, query, key, mask: jax.Array, context: Context, bias: jax.Array | None = None
+    self,
+    query,
+    key,
+    mask: jax.Array,
+    context: Context,
+    bias: jax.Array | None = None,
+    causal: bool = False,
   ) -> jax.Array:
     """Attends from T queries to S tokens.
 
@@ -158,6 +165,7 @@ class LatentAttention(nn.Module):
       mask: [B, T, S] bool.
       context: facts about the T tokens.
       bias: [B, T, S] float32 added to the scores of every head, or None.
+      causal: whether the S tokens are the T tokens, in order, and the mask hides later ones.
 
     Returns:
       [B, T, H, V] outputs of the heads, for `project`.
@@ -166,27 +174,26 @@ class LatentAttention(nn.Module):
     (query_nope, query_rope), (latent, rope_key) = query, key
     shape = (c.latent, c.heads, c.nope_dim + c.value_dim)
     up = weight(self, 'key_value_up', shape, ('latent', 'heads', None), dtype=query_nope.dtype)
-    up_key, up_value = up[..., : c.nope_dim], up[..., c.nope_dim :]
     latent, rope_key = latent.astype(up.dtype), rope_key.astype(up.dtype)
     queries, keys = mask.shape[1:]
     if absorbing_is_cheaper(c, queries, keys):
+      up_key, up_value = up[..., : c.nope_dim], up[..., c.nope_dim :]
       query_latent = jnp.einsum('bthk,chk->bthc', query_nope, up_key)
       mixed = attend_latent(
         query_latent, query_rope, latent, rope_key, mask, scale=c.softmax_scale, bias=bias
       )
       heads = jnp.einsum('bthc,chv->bthv', mixed, up_value)
     else:
-      key_nope = jnp.einsum('bsc,chk->bshk', latent, up_key)
-      value = jnp.einsum('bsc,chv->bshv', latent, up_value)
+      # One product for keys and values: it runs faster than two half as wide.
+      both = jnp.einsum('bsc,chk->bshk', latent, up)
+      key_nope, value = both[..., : c.nope_dim], both[..., c.nope_dim :]
       shared = jnp.broadcast_to(rope_key[:, :, None], (*key_nope.shape[:3], c.rope_dim))
-      heads = attend(
-        jnp.concatenate([query_nope, query_rope], axis=-1),
-        jnp.concatenate([key_nope, shared], axis=-1),
-        value,
-        mask,
-        scale=c.softmax_scale,
-        bias=bias,
-      )
+      whole_query = jnp.concatenate([query_nope, query_rope], axis=-1)
+      whole_key = jnp.concatenate([key_nope, shared], axis=-1)
+      if causal and bias is None:
+        heads = attend_causal(whole_query, whole_key, value, mask, c.softmax_scale)
+      else:
+        heads = attend(whole_query, whole_key, value, mask, scale=c.softmax_scale, bias=bias)
     return context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
 
   def project(self, heads: jax.Array, width: int) -> jax.Array:
@@ -244,4 +251,5 @@ class MLAttention(LatentAttention):
       cache = cache.write(slots, *key, positions)
       key = (cache.latent, cache.rope_key)
       mask = visible(positions, cache.positions)
-    return self.project(self.mix(query, key, mask, context), x.shape[-1]), cache
+    heads = self.mix(query, key, mask, context, causal=cache is None)
+    return self.project(heads, x.shape[-1]), cache

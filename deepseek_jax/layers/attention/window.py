@@ -88,7 +88,8 @@ class WindowAttention(LatentAttention):
       mask = visible(positions, key_positions)
       cache = cache.write(self.slots(own, cache.positions.shape[1]), *new, positions)
     mask &= window_mask(positions, key_positions, size, sinks)
-    return self.project(self.mix(query, key, mask, context), x.shape[-1]), cache
+    heads = self.mix(query, key, mask, context, causal=cache is None)
+    return self.project(heads, x.shape[-1]), cache
 
   def slots(self, positions: jax.Array, slots: int) -> jax.Array:
     """Returns the slot of each token [B, T]: its sink, or its turn in the ring.
