@@ -160,3 +160,14 @@ def test_what_cannot_be_loaded_is_refused(workdir, experiment, variables, tmp_pa
     from_pretrained(tmp_path / 'a')
   with pytest.raises(ConfigError, match='its config is no Experiment but DeepSeekV3'):
     from_pretrained(tmp_path / 'b')
+
+
+def test_averaged_weights_are_taken_where_there_are_any(experiment, variables, tmp_path):
+  """Unless the raw ones are asked for."""
+  average = jax.tree.map(lambda x: x + 1, variables['params'])
+  state = fresh_state(variables['params'], variables['buffers'], (), ema=average)
+  with Checkpoints(tmp_path / 'checkpoints') as checkpoints:
+    checkpoints.save(3, state, {'step': 3}, to_json(experiment))
+  for weights, expected in ((None, average), ('averaged', average), ('raw', variables['params'])):
+    found = from_pretrained(tmp_path, weights=weights)
+    jax.tree.map(np.testing.assert_array_equal, found.variables['params'], expected)

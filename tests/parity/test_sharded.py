@@ -170,7 +170,7 @@ def assert_same_steps(found, expected) -> None:
     assert_same(moments.nu, moments_1.nu, f'{where}: mean squared gradient')
     assert_same(state.params, state_1.params, f'{where}: parameters')
     # What the guard judges by is the same number everywhere, and so is its verdict.
-    assert_same({'': state.guard.mean}, {'': state_1.guard.mean}, f'{where}: guard')
+    np.testing.assert_allclose(state.guard.mean, state_1.guard.mean, rtol=TOLERANCE)
     assert int(state.guard.skipped) == int(metrics['guard']['fault']) == 0
     # Loads are counts: one token that goes to another expert is a difference.
     jax.tree.map(np.testing.assert_array_equal, metrics['observed'], metrics_1['observed'])
