@@ -28,10 +28,10 @@ from deepseek_jax.models.decoder import (
 )
 from deepseek_jax.train.checkpoint_reader import (
   Weights,
-  choose_step,
-  finished_steps,
+  read_params,
   require_equal_trees,
-  restore_params,
+  saved_steps,
+  whole_step,
 )
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import build_program
@@ -47,22 +47,22 @@ def from_pretrained(
 
   Args:
     path: a run's workdir, or its folder of checkpoints.
-    step: which checkpoint; None is the newest.
+    step: which checkpoint; None is the newest that is whole.
     weights: 'averaged' or 'raw'; None is the averaged ones where the run keeps any.
 
   Raises:
-    ConfigError: there is no such checkpoint, it cannot be read, or its weights do not fit the
-      model that its config describes.
+    ConfigError: there is no such checkpoint, it is damaged or cannot be read, or its weights do
+      not fit the model that its config describes.
   """
   folder = pathlib.Path(path).expanduser().absolute()
   if (folder / 'checkpoints').is_dir():
     folder /= 'checkpoints'
-  elif not finished_steps(folder):
+  elif not saved_steps(folder):
     raise ConfigError(
       f"{folder}: holds no checkpoint; expected a run's workdir or its folder of checkpoints"
     )
-  step = choose_step(folder, step)
-  params, buffers, config = restore_params(folder, step, weights)
+  step = whole_step(folder, step)
+  params, buffers, config = read_params(folder / str(step), weights)
   experiment = from_json(config)
   if not isinstance(experiment, Experiment):
     raise ConfigError(

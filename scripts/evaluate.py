@@ -1,5 +1,6 @@
 """Measures a trained model on held-out text, beside compressors and n-gram models."""
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -33,9 +34,14 @@ def main() -> None:
   import jax
 
   from deepseek_jax.core.config import ConfigError
+  from deepseek_jax.core.serialise import from_json
   from deepseek_jax.data.yardstick import yardsticks
-  from deepseek_jax.train.checkpoint import Checkpoints, restore_params
-  from deepseek_jax.train.checkpoint_reader import require_equal_trees
+  from deepseek_jax.train.checkpoint_reader import (
+    read_params,
+    require_equal_trees,
+    saved_steps,
+    whole_step,
+  )
   from deepseek_jax.train.evaluate import evaluate
   from deepseek_jax.train.step import build_program
   from deepseek_jax.train.workdir import Workdir, write_json
@@ -46,14 +52,14 @@ def main() -> None:
   experiment = workdir.read()
   if experiment is None:
     raise ConfigError(f'{workdir.path}: no run here (there is no config.json)')
-  step = STEP.value
-  if step is None:
-    step = Checkpoints(workdir.checkpoints).latest()
-  if step is None:
+  if not saved_steps(workdir.checkpoints):
     raise ConfigError(f'{workdir.checkpoints}: no checkpoint; the run has not saved one yet')
+  step = whole_step(workdir.checkpoints, STEP.value)
   weights: Any = WEIGHTS.value
-  params, buffers, _ = restore_params(workdir.checkpoints, step, weights)
-  program = build_program(experiment)
+  params, buffers, config = read_params(workdir.checkpoints / str(step), weights)
+  # A run may go on with another rematerialisation, which may group the layers in another way.
+  saved = from_json(config)
+  program = build_program(dataclasses.replace(experiment, remat=saved.remat))
   state = program.abstract_state
   require_equal_trees(
     workdir.checkpoints / str(step),
@@ -68,7 +74,8 @@ def main() -> None:
   result = evaluate(
     program, place(params, state.params), place(buffers, state.buffers), data.heldout
   )
-  figures = yardsticks(data, cache) if YARDSTICKS.value else {}
+  # They know nothing of prompts, which are given to the model and not counted.
+  figures = yardsticks(data, cache) if YARDSTICKS.value and not data.heldout.prompted else {}
   if figures:
     write_json(workdir.path / 'yardsticks.json', figures)
   name = f'{experiment.name}, step {step}'

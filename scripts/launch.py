@@ -149,6 +149,12 @@ def _run(main: Callable[[str | None, dict[str, str], list[str]], int | None], us
       _fail(error)
     except BrokenPipeError:
       return 0
+    except OSError as error:
+      from deepseek_jax.train.disk import is_full
+
+      if not is_full(error):
+        raise
+      _fail(ConfigError(f'{error.filename or "a file"}: the disk is full: {error.strerror}'))
     return None
 
   app.run(guarded, flags_parser=parse)

@@ -1,5 +1,6 @@
 """Trains a model; goes on where an earlier run in the same folder was stopped."""
 
+import contextlib
 import os
 import pathlib
 from typing import Any
@@ -60,6 +61,7 @@ def dry_run(experiment: Any, cache: pathlib.Path) -> int:
   from deepseek_jax.core.serialise import to_python
   from deepseek_jax.train import summary
   from deepseek_jax.train.experiment import resolved
+  from deepseek_jax.train.initialise import open_origin
   from deepseek_jax.train.step import build_program
 
   print(to_python(experiment), end='\n\n')
@@ -68,6 +70,9 @@ def dry_run(experiment: Any, cache: pathlib.Path) -> int:
   weights = summary.experiment_weights(program)
   small = sum(weight.size for weight in weights) < COMPILE_LIMIT
   print(summary.describe_memory(program, compile_step=small), end='\n\n')
+  origin = open_origin(program)
+  if origin is not None:
+    print(origin.describe(), end='\n\n')
   data = experiment.data.prepare(cache)
   print(summary.describe_batch(next(data.train_batches(0))))
   rows = experiment.data.batch_size * experiment.train_steps
@@ -84,6 +89,7 @@ def run(experiment: Any, workdir: Any, cache: pathlib.Path, config_path: str) ->
   from deepseek_jax.core.allocator import keep_freed_memory
   from deepseek_jax.core.precision import BFloat16, Fastest, Float32
   from deepseek_jax.train import events
+  from deepseek_jax.train.disk import DiskFullError
   from deepseek_jax.train.display import make_display
   from deepseek_jax.train.experiment import resolved
   from deepseek_jax.train.interrupt import StoppedEarlyError
@@ -120,7 +126,9 @@ def run(experiment: Any, workdir: Any, cache: pathlib.Path, config_path: str) ->
   except Exception as error:
     display.close()
     last = max((row['step'] for row in JsonLines(workdir.path / 'metrics.jsonl').read()), default=0)
-    events.record(workdir.path, last, 'failed', f'{type(error).__name__}: {error}')
+    # What failed may be the disk, which then has no room for this either.
+    with contextlib.suppress(DiskFullError):
+      events.record(workdir.path, last, 'failed', f'{type(error).__name__}: {error}')
     launch.try_report(workdir.path, experiment.name, config_path)
     raise
   signal = outcome.stopped_by

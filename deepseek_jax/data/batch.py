@@ -11,7 +11,7 @@ class Batch:
   Attributes:
     tokens: int32 input token ids; 0 where the row is padded.
     targets: int32 id of the token that follows each input token in its document.
-    weights: float32 weight of each target in the loss; 0 on padding.
+    weights: float32 weight of each target in the loss; 0 on padding and inside prompts.
     positions: int32 place of the token in its segment, from 0.
     segments: int32 number of the packed piece in its row, from 1; 0 is padding. Attention never
       crosses segments.

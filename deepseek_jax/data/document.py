@@ -11,8 +11,10 @@ class Document:
     source: the corpus or the file.
     title: its name in there.
     text: the text; never empty.
+    prompt: what stands before the text and is given, not learnt; '' where all is learnt.
   """
 
   source: str
   title: str
   text: str
+  prompt: str = ''

@@ -57,14 +57,19 @@ class PackedSplit:
     """Tokens of all documents, with bos and eos."""
     return len(self.cache.tokens)
 
-  @property
+  @functools.cached_property
   def targets(self) -> int:
-    """Targets of all documents: every token but the first (bos) of each."""
-    return self.tokens - self.documents
+    """Targets of all documents: every token but the first (bos) of each and those of its prompt."""
+    return self.tokens - int(self.cache.given.sum())
+
+  @property
+  def prompted(self) -> bool:
+    """Whether documents have prompts, which are read but not predicted."""
+    return self.targets < self.tokens - self.documents
 
   @functools.cached_property
   def text_bytes(self) -> int:
-    """UTF-8 bytes of the text of all documents."""
+    """UTF-8 bytes of the text of all documents, prompts left out."""
     return int(self.cache.text_bytes.sum())
 
   @property
@@ -94,7 +99,9 @@ class PackedSplit:
     ids, plan_rows = np.asarray(self.cache.tokens), np.asarray(self.plan.rows)
     pieces = np.asarray(self.plan.pieces)
     shape = (len(indices), self.length)
+    offsets, given = np.asarray(self.cache.offsets), np.asarray(self.cache.given)
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
+    weights = np.zeros(shape, np.float32)
     documents = np.full(shape, -1, np.int32)
     places = np.arange(self.length, dtype=np.int32)
     for line, index in enumerate(indices):
@@ -111,12 +118,15 @@ class PackedSplit:
         positions[line, span] = places[:count]
         segments[line, span] = segment
         documents[line, span] = document
+        # Input j of a document has token j + 1 as its target.
+        prompt = min(max(int(offsets[document] + given[document]) - 1 - start, 0), count)
+        weights[line, place + prompt : place + count] = 1
         place += count
     # Batch is typed for the step, where its fields are JAX arrays.
     fields = {
       'tokens': tokens,
       'targets': targets,
-      'weights': (segments > 0).astype(np.float32),
+      'weights': weights,
       'positions': positions,
       'segments': segments,
       'documents': documents,

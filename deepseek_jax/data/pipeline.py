@@ -11,7 +11,8 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.data.cache import token_cache
 from deepseek_jax.data.packed_split import PackedSplit
 from deepseek_jax.data.packing import pack_plan
-from deepseek_jax.data.source import AnySource, Embedded, Split
+from deepseek_jax.data.source import AnySource, Embedded
+from deepseek_jax.data.split import Split
 from deepseek_jax.data.tokenizer import BPE, AnyTokenizer, Tokenizer
 
 # Threads that read rows ahead of the step, and how many batches they may be ahead. Threads and not

@@ -6,16 +6,14 @@ import hashlib
 import json
 import lzma
 from collections.abc import Iterator
-from typing import Literal
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data import text_file
 from deepseek_jax.data.document import Document
+from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.progress import say
+from deepseek_jax.data.split import Split, heldout_cut, place_of
 from deepseek_jax.data.tokenizer import CORPUS_FOLDER
-
-Split = Literal['train', 'heldout']
-SPLITS: tuple[Split, ...] = ('train', 'heldout')
 
 EMBEDDED_SOURCES = ('sotu', 'austen', 'moby_dick', 'kjv')
 
@@ -103,7 +101,7 @@ class TextFiles:
       yield _cut_single(document, split, self.heldout_fraction)
       return
     for document in self._all():
-      if (_place(document.text) <= cut) == (split == 'heldout'):
+      if (place_of(document.text) <= cut) == (split == 'heldout'):
         yield document
 
   def fingerprint(self) -> str:
@@ -125,28 +123,15 @@ class TextFiles:
     return _threshold(self.fingerprint(), self)
 
 
-def _place(text: str) -> float:
-  """A number in [0, 1) that depends on the text alone."""
-  digest = hashlib.sha256(text.encode('utf-8')).digest()
-  return int.from_bytes(digest[:6], 'big') / 2**48
-
-
 @functools.lru_cache(maxsize=16)
 def _threshold(fingerprint: str, source: TextFiles) -> float | None:
   """See `TextFiles._threshold`; kept so that reading both splits hashes the texts once."""
   del fingerprint  # only to notice that files have changed
-  places = [_place(document.text) for document in source._all()]
+  places = [place_of(document.text) for document in source._all()]
   if len(places) == 1:
     say(f'{source.pattern}: one document; its last part is held out')
     return None
-  # With few documents the hash may hold out none, or all: one, or all but one, then.
-  lowest, highest = min(places), max(places)
-  if lowest == highest:
-    raise ConfigError(
-      f'{source.pattern}: all {len(places)} documents are the same text; expected at least two'
-    )
-  cut = max(source.heldout_fraction, lowest)
-  return cut if cut < highest else max(place for place in places if place < highest)
+  return heldout_cut(places, source.heldout_fraction, source.pattern)
 
 
 def _cut_single(document: Document, split: Split, fraction: float) -> Document:
@@ -164,4 +149,4 @@ def _cut_single(document: Document, split: Split, fraction: float) -> Document:
   return dataclasses.replace(document, text=part)
 
 
-AnySource = Embedded | TextFiles
+AnySource = Embedded | TextFiles | Pairs

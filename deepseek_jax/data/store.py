@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 # Part of every key: raise it when the meaning of any stored file changes.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _META = 'meta.json'
 

@@ -5,6 +5,7 @@ import glob
 import json
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.document import Document
@@ -86,6 +87,36 @@ def documents(path: pathlib.Path, field: str) -> Iterator[Document]:
       raise ConfigError(f'{path}: ' + ('no record has any text' if offset else 'the file is empty'))
 
 
+def pairs(path: pathlib.Path, prompt: str, completion: str) -> Iterator[Document]:
+  """The prompts and completions of one .jsonl file.
+
+  Args:
+    path: a file that `matches` gave.
+    prompt: the key of what is given; it may be an empty text.
+    completion: the key of what is learnt.
+
+  Raises:
+    ConfigError: the file is no .jsonl file, is empty or damaged, or a row is not what was expected.
+  """
+  if _kind(path) != '.jsonl':
+    raise ConfigError(f'{path}: prompts and completions come in .jsonl files')
+  found, offset = 0, 0
+  with unpacked(path) as stream:
+    for number, line in enumerate(stream, start=1):
+      where = f'{path}:{number}'
+      record = _parse(_decode(line, where, offset), where)
+      offset += len(line)
+      if record is None:
+        continue
+      given, text = (_field(record, key, where) for key in (prompt, completion))
+      if not text:
+        raise ConfigError(f'{where}: field {completion!r} is empty: there is nothing to learn')
+      found += 1
+      yield Document(source=str(path), title=f'{path.name}:{number}', prompt=given, text=text)
+  if not found:
+    raise ConfigError(f'{path}: the file is empty')
+
+
 def _decode(content: bytes, where: str, offset: int) -> str:
   """Decodes UTF-8 or says at which byte of the (unpacked) file it ends to be that."""
   if content.startswith((b'\xff\xfe', b'\xfe\xff')) and not offset:
@@ -105,8 +136,14 @@ def _decode(content: bytes, where: str, offset: int) -> str:
 
 def _record(line: str, field: str, where: str) -> str:
   """The text in one line of a .jsonl file; '' for a blank line."""
+  record = _parse(line, where)
+  return '' if record is None else _field(record, field, where)
+
+
+def _parse(line: str, where: str) -> dict[str, Any] | None:
+  """The object in one line of a .jsonl file; None for a blank line."""
   if not line.strip():
-    return ''
+    return None
   try:
     record = json.loads(line)
   except json.JSONDecodeError as error:
@@ -115,6 +152,11 @@ def _record(line: str, field: str, where: str) -> str:
     raise ConfigError(f'{where}: not JSON that can be read: nested too deeply') from None
   if not isinstance(record, dict):
     raise ConfigError(f'{where}: expected a JSON object, found {type(record).__name__}')
+  return record
+
+
+def _field(record: dict[str, Any], field: str, where: str) -> str:
+  """The text under a key of a record."""
   if field not in record:
     keys = ', '.join(map(repr, record)) or 'none'
     close = difflib.get_close_matches(field, record, n=1)

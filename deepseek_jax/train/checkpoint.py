@@ -7,8 +7,10 @@ that a killed run leaves either the whole checkpoint or none.
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 import pathlib
+import shutil
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -28,7 +30,9 @@ from deepseek_jax.train.checkpoint_reader import (
   require_equal_trees,
   restore_params,
   silence,
+  whole_step,
 )
+from deepseek_jax.train.disk import free_bytes, full, is_full, needed_bytes
 
 __all__ = ['Checkpoints', 'Restored', 'restore_params']
 
@@ -81,6 +85,7 @@ class Checkpoints:
     self.best_metric = best_metric
     self._writer: ocp.training.Checkpointer | None = None
     self._pending: tuple[int, ocp.AsyncResponse[bool]] | None = None
+    self._bytes = 0
     self._quiet = contextlib.ExitStack()
 
   def __enter__(self) -> 'Checkpoints':
@@ -114,6 +119,11 @@ class Checkpoints:
     finite = {step: value for step, value in values.items() if math.isfinite(value)}
     return min(finite, key=lambda step: (finite[step], -step), default=None)
 
+  @property
+  def saving(self) -> bool:
+    """Whether a save has begun that nobody has waited for."""
+    return self._pending is not None
+
   def save(
     self,
     step: int,
@@ -137,6 +147,7 @@ class Checkpoints:
     Raises:
       ConfigError: if the step is already saved (a checkpoint is never overwritten), or if
         `data_state` or `config` is not a JSON object.
+      DiskFullError: if there is no room for the state; nothing has been written.
     """
     self.wait()
     if step in self:
@@ -144,6 +155,10 @@ class Checkpoints:
         f'{self.directory / str(step)} exists already: a checkpoint is never overwritten'
       )
     _require_json(data_state=data_state, config=config)
+    needed = needed_bytes(state)
+    if free_bytes(self.directory) < needed:
+      raise full(self.directory, f'the checkpoint of step {step}', needed)
+    self._bytes = needed
     scores = {name: float(value) for name, value in (metrics or {}).items()}
     response = self._open_writer().save_checkpointables_async(
       step,
@@ -163,7 +178,7 @@ class Checkpoints:
       abstract_state: pytree like the saved state whose leaves are `jax.ShapeDtypeStruct`; each
         array is read straight into the leaf's `.sharding`, which need not be the one it was saved
         with. A leaf without a sharding goes to the first device.
-      step: which checkpoint; None is the newest.
+      step: which checkpoint, read as it is on disk; None is the newest that is whole.
 
     Returns:
       The state and what was saved beside it.
@@ -172,7 +187,8 @@ class Checkpoints:
       ConfigError: if there is no such checkpoint, if it cannot be read, or if its tree, shapes or
         dtypes differ from `abstract_state`: the first differing addresses are listed.
     """
-    step = choose_step(self.directory, step)
+    choose = whole_step if step is None else choose_step
+    step = choose(self.directory, step)
     path = self.directory / str(step)
     require_equal_trees(path, read_tree(path), abstract_state)
     with reading(path), context():
@@ -217,13 +233,32 @@ class Checkpoints:
       return json.loads((path / 'metrics' / 'metrics').read_text())
 
   def wait(self) -> None:
-    """Waits until the pending save is on disk; raises what went wrong with it."""
+    """Waits until the pending save is on disk; raises what went wrong with it.
+
+    Raises:
+      DiskFullError: if there was no room for all of it; what was written of it is removed.
+    """
     if self._pending is None:
       return
-    _, response = self._pending
+    step, response = self._pending
     self._pending = None
-    # Asking for the result also ends the thread that Orbax starts for each response.
-    response.result()
+    try:
+      # Asking for the result also ends the thread that Orbax starts for each response.
+      response.result()
+    except Exception as error:
+      self._abandon(step)
+      if not is_full(error):
+        raise
+      raise full(self.directory, f'the checkpoint of step {step}', self._bytes) from error
+
+  def _abandon(self, step: int) -> None:
+    """Removes what a failed save has written, and the writer that has failed."""
+    writer, self._writer = self._writer, None
+    if writer is not None:
+      with contextlib.suppress(Exception):
+        writer.close()
+    for path in self.directory.glob(f'{step}.*tmp*'):
+      shutil.rmtree(path, ignore_errors=True)
 
   def close(self) -> None:
     """Waits for the pending save and releases the writer; the object can still read."""
@@ -245,7 +280,8 @@ class Checkpoints:
   def _open_writer(self) -> ocp.training.Checkpointer:
     """The Orbax checkpointer, made at the first save."""
     if self._writer is None:
-      self._quiet.enter_context(silence())
+      # What fails is raised by `wait`, in our words.
+      self._quiet.enter_context(silence(logging.CRITICAL))
       policies = ocp.training.preservation_policies
       preserved: list[Any] = [policies.LatestN(self.keep)]
       if self.best_metric is not None:

@@ -17,11 +17,12 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.data.progress import say
+from deepseek_jax.train.seal import MARKERS, SealedJson, SealedTree, find_damage
 
 Json = dict[str, Any]
 PyTree = Any
 
-_MARKERS = ('_CHECKPOINT_METADATA', 'commit_success.txt', 'state/_METADATA')
 _READ_ERRORS = (OSError, ValueError, KeyError, TypeError)
 _SHOWN_DIFFERENCES = 8
 
@@ -37,7 +38,7 @@ def restore_params(
 
   Args:
     directory: the directory of the checkpoints (the parent of the step's directory).
-    step: which checkpoint; None is the newest.
+    step: which checkpoint; None is the newest that is whole.
     weights: which of them; None is the averaged ones where the run keeps any.
 
   Returns:
@@ -45,10 +46,23 @@ def restore_params(
     config as a JSON object.
 
   Raises:
-    ConfigError: if there is no such checkpoint, it has no `params`, or it cannot be read.
+    ConfigError: if there is no such checkpoint, it has no `params`, it is damaged or it cannot be
+      read.
   """
   directory = pathlib.Path(directory).expanduser().absolute()
-  path = directory / str(choose_step(directory, step))
+  return read_params(directory / str(whole_step(directory, step)), weights)
+
+
+def read_params(path: pathlib.Path, weights: Weights | None = None) -> tuple[PyTree, PyTree, Json]:
+  """Reads weights and buffers of a checkpoint as they are on disk; see `restore_params`.
+
+  Args:
+    path: the directory of a step that `whole_step` chose.
+    weights: which of them; None is the averaged ones where the run keeps any.
+
+  Raises:
+    ConfigError: if it has no `params` or cannot be read.
+  """
   found = read_tree(path)
   if not isinstance(found, dict) or not {'params', 'buffers'} <= set(found):
     names = sorted(found) if isinstance(found, dict) else type(found).__name__
@@ -124,10 +138,14 @@ def reading(path: pathlib.Path) -> Iterator[None]:
 
 
 def context() -> ocp.Context:
-  """Orbax's settings: which parts are JSON (a dict would be taken for a pytree), no compression."""
-  registry = ocp.handlers.local_registry()
+  """Orbax's settings: how the parts are written, and no compression."""
+  registry = ocp.handlers.local_registry(include_global_registry=False)
+  for kind, known in ocp.handlers.global_registry().get_all_entries():
+    if known != 'state':
+      registry.add(kind, checkpointable_name=known)
+  registry.add(SealedTree, checkpointable_name='state')
   for name in ('data_state', 'config'):
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    registry.add(SealedJson, checkpointable_name=name)
   settings = ocp.Context()
   settings.checkpointables.registry = registry
   # Trained floats hardly compress, and on a CPU the compressor takes cores from the training step.
@@ -135,18 +153,24 @@ def context() -> ocp.Context:
   return settings
 
 
-def finished_steps(directory: pathlib.Path) -> tuple[int, ...]:
-  """Steps whose directory has its final name and every marker of a finished save, ascending."""
+def saved_steps(directory: pathlib.Path) -> tuple[int, ...]:
+  """Steps whose directory has its final name, whole or not, ascending."""
   if not directory.is_dir():
     return ()
-  named = (path for path in directory.iterdir() if path.name.isdecimal())
+  return tuple(sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal()))
+
+
+def finished_steps(directory: pathlib.Path) -> tuple[int, ...]:
+  """Steps whose directory has its final name and every marker of a finished save, ascending."""
   return tuple(
-    sorted(int(path.name) for path in named if all((path / name).exists() for name in _MARKERS))
+    step
+    for step in saved_steps(directory)
+    if all((directory / str(step) / name).exists() for name in MARKERS)
   )
 
 
 def choose_step(directory: pathlib.Path, step: int | None) -> int:
-  """The wanted step, or the newest, known to be on disk."""
+  """The wanted step, or the newest, known to be on disk; see `whole_step` for known to be whole."""
   if not directory.is_dir():
     raise ConfigError(f'{directory}: no such directory: expected one that holds checkpoints')
   steps = finished_steps(directory)
@@ -159,6 +183,36 @@ def choose_step(directory: pathlib.Path, step: int | None) -> int:
       f'{directory}: no checkpoint of step {step}; there are {", ".join(map(str, steps))}'
     )
   return step
+
+
+def whole_step(directory: pathlib.Path, step: int | None) -> int:
+  """The wanted step, or the newest whose every byte is as it was written.
+
+  Newer ones that are damaged are told of on standard error.
+
+  Args:
+    directory: the directory of the checkpoints.
+    step: which checkpoint; None is the newest whole one.
+
+  Raises:
+    ConfigError: there is no such checkpoint, or it is damaged, or all are.
+  """
+  if step is not None:
+    fault = find_damage(directory / str(choose_step(directory, step)))
+    if fault is not None:
+      raise ConfigError(f'{directory / str(step)}: the checkpoint is damaged: {fault}')
+    return step
+  faults: list[str] = []
+  for number in reversed(saved_steps(directory)):
+    fault = find_damage(directory / str(number))
+    if fault is None:
+      if faults:
+        say('\n'.join((*faults, f'using the checkpoint of step {number}')))
+      return number
+    faults.append(f'{directory / str(number)}: the checkpoint is damaged: {fault}')
+  if faults:
+    raise ConfigError([*faults, f'{directory}: no other checkpoint is left'])
+  return choose_step(directory, None)
 
 
 def read_tree(path: pathlib.Path) -> PyTree:
@@ -179,7 +233,7 @@ def place(abstract_state: PyTree) -> PyTree:
   )
 
 
-def _address(path: tuple[Any, ...]) -> str:
+def address_of(path: tuple[Any, ...]) -> str:
   """A leaf's place, the same for a field, a key or an index: `opt_state/0/mu/embed`."""
   parts = (getattr(key, 'name', getattr(key, 'key', getattr(key, 'idx', key))) for key in path)
   return '/'.join(map(str, parts))
@@ -188,7 +242,9 @@ def _address(path: tuple[Any, ...]) -> str:
 def _describe(tree: PyTree) -> dict[str, str]:
   """Address → `float32[4, 8]` of every leaf."""
   leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-  return {_address(path): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}' for path, leaf in leaves}
+  return {
+    address_of(path): f'{np.dtype(leaf.dtype).name}{list(leaf.shape)}' for path, leaf in leaves
+  }
 
 
 def require_equal_trees(path: pathlib.Path, found: PyTree, expected: PyTree) -> None:

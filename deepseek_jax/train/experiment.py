@@ -17,6 +17,7 @@ from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
 from deepseek_jax.sharding.rules import Rules, shard_count
 from deepseek_jax.train.guard import Guard
+from deepseek_jax.train.init_from import InitFrom
 from deepseek_jax.train.objective import NextToken
 
 
@@ -72,6 +73,7 @@ class Experiment:
     rules: which array axes lie on which mesh axes.
     cadence: how often the run logs, evaluates, samples and saves.
     prompts: texts that samples continue.
+    init_from: another run's checkpoint whose weights a new run begins with, or None.
     seed: of the weights and all noise.
   """
 
@@ -92,6 +94,7 @@ class Experiment:
   rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT)] = FSDP
   cadence: Cadence = Cadence()
   prompts: tuple[str, ...] = ()
+  init_from: InitFrom | None = None
   seed: int = 0
 
   def __post_init__(self):

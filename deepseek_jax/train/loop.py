@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.serialise import to_json
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.models.cost import training_flops
 from deepseek_jax.models.decoder import plan_segments
@@ -23,8 +22,11 @@ from deepseek_jax.train.display import Display
 from deepseek_jax.train.evaluate import Evaluation, bits_per_byte, evaluate
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.faults import FaultLog
+from deepseek_jax.train.initialise import Origin, open_origin, resume_state
 from deepseek_jax.train.interrupt import Stop, in_background
 from deepseek_jax.train.metrics import JsonLines, MetricWriter
+from deepseek_jax.train.recover import recover
+from deepseek_jax.train.saver import Saver
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Metrics, Program, build_program
 from deepseek_jax.train.summary import experiment_weights
@@ -61,7 +63,7 @@ class _Run:
   workdir: Workdir
   writer: MetricWriter
   faults: FaultLog
-  checkpoints: Checkpoints
+  saver: Saver
   clock: Clock
   flops_per_token: float
   peak_flops: float
@@ -87,6 +89,7 @@ def train(
 
   Raises:
     ConfigError: the experiment, its text or its checkpoints do not fit.
+    DiskFullError: there is no room for the run's first state, or none for several in a row.
     StoppedEarlyError: a signal came before the first new step; there was nothing to save.
     SkippedStepsError: the guard skipped too many steps in a row; the last good state is saved.
   """
@@ -99,13 +102,20 @@ def train(
     stop = stack.enter_context(Stop())
     display.message('reading the text …')
     data = in_background(lambda: experiment.data.prepare(cache_dir), stop)
-    start = checkpoints.latest() or 0
+    start = recover(workdir, display)
     rewind(workdir, writer, start)
     if start >= experiment.train_steps:
       display.message(f'nothing to do: {start} of {experiment.train_steps} steps are done')
       return Outcome(start, None, None)
+    saver = Saver(experiment, workdir, checkpoints, display)
+    saver.check_room(program.abstract_state)
     display.message(f'going on after step {start} …' if start else 'compiling the training step …')
-    step, state, peak = in_background(lambda: _prepare(program, checkpoints, start), stop)
+    origin = None if start else open_origin(program)
+    if origin is not None:
+      origin.write(workdir.init_from)
+      display.message(origin.describe())
+    prepare = lambda: _prepare(program, checkpoints, start, origin)  # noqa: E731
+    step, state, peak = in_background(prepare, stop)
     data_spec = experiment.data
     run = _Run(
       experiment=experiment,
@@ -120,7 +130,7 @@ def train(
         display,
         None if experiment.guard is None else experiment.guard.stop_after,
       ),
-      checkpoints=checkpoints,
+      saver=saver,
       clock=Clock(data_spec.batch_size * data_spec.length),
       flops_per_token=training_flops(
         experiment.model, experiment_weights(program), data_spec.length
@@ -140,14 +150,15 @@ def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
 
 
 def _prepare(
-  program: Program, checkpoints: Checkpoints, start: int
+  program: Program, checkpoints: Checkpoints, start: int, origin: Origin | None
 ) -> tuple[Callable[..., Any], TrainState, float]:
   """Compiles the step, and makes or restores the state."""
   compiled = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
   if start:
-    state = checkpoints.restore(program.abstract_state, start).state
+    state = resume_state(program, checkpoints, start)
   else:
     state = program.init(jax.random.key(program.experiment.seed))
+    state = state if origin is None else origin.load(program, state)
   dtype = program.experiment.precision.compute
   peak = measure_matmul_peak(dtype, seconds=0.5)
   return compiled, state, peak
@@ -190,11 +201,13 @@ def _loop(
       finally:
         # What was trained is saved even where evaluating it fails.
         if saving:
-          _save(run, state, done, evaluation)
+          bits = None if evaluation is None else evaluation.bits_per_byte
+          run.saver.save(done, state, bits)
     if halt and not last:
-      run.checkpoints.wait()
+      run.saver.finish()
       run.writer.display.message(f'{stop.requested}: saved step {done} of {total}')
       return Outcome(done, stop.requested, None)
+  run.saver.finish()
   return Outcome(total, None, evaluation)
 
 
@@ -203,8 +216,8 @@ def _stop_skipping(run: _Run, state: TrainState, step: int) -> None:
   # Whoever goes on has every chance again.
   fresh = jax.device_put(jnp.int32(0), state.guard.in_a_row.sharding)
   guard = dataclasses.replace(state.guard, in_a_row=fresh)
-  _save(run, dataclasses.replace(state, guard=guard), step, None)
-  run.checkpoints.wait()
+  run.saver.save(step, dataclasses.replace(state, guard=guard), None)
+  run.saver.finish()
   raise run.faults.error(step)
 
 
@@ -276,11 +289,3 @@ def _sample(run: _Run, state: TrainState, step: int) -> None:
     JsonLines(run.workdir.samples).append({'step': step, **row})
     line = (row['prompt'] + row['text']).replace('\n', ' ⏎ ')
     run.writer.display.message(f'sample: {line}')
-
-
-def _save(run: _Run, state: TrainState, step: int, evaluation: Evaluation | None) -> None:
-  if step in run.checkpoints:
-    return
-  metrics = {} if evaluation is None else {'bits_per_byte': evaluation.bits_per_byte}
-  config = to_json(run.experiment)
-  run.checkpoints.save(step, state, {'step': step}, config, metrics)

@@ -1,5 +1,6 @@
 """Where a run's numbers go: a JSON-lines file, TensorBoard, and the terminal."""
 
+import contextlib
 import json
 import math
 import os
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.train.board import Board
+from deepseek_jax.train.disk import full, is_full
 from deepseek_jax.train.display import Display
 
 
@@ -37,11 +40,22 @@ class JsonLines:
 
     Args:
       row: must have an integer 'step'; scalars and arrays of NumPy or JAX become numbers and lists.
+
+    Raises:
+      DiskFullError: if the row does not fit on the disk; the file is as it was.
     """
-    line = json.dumps(_plain({**row, 'step': int(row['step'])}), allow_nan=False)
+    line = json.dumps(_plain({**row, 'step': int(row['step'])}), allow_nan=False) + '\n'
     self.path.parent.mkdir(parents=True, exist_ok=True)
-    with self.path.open('a', encoding='utf-8') as file:
-      file.write(line + '\n')
+    before = self.path.stat().st_size if self.path.exists() else 0
+    try:
+      with self.path.open('ab') as file:
+        file.write(line.encode('utf-8'))
+    except OSError as error:
+      if not is_full(error):
+        raise
+      with contextlib.suppress(OSError):
+        os.truncate(self.path, before)
+      raise full(self.path, f'the row of step {int(row["step"])}') from error
 
   def read(self) -> list[dict[str, Any]]:
     """All rows in order; empty if there is no file.
@@ -76,13 +90,22 @@ class JsonLines:
 
     Returns:
       How many rows were dropped.
+
+    Raises:
+      DiskFullError: if there is no room for the copy; the file is as it was.
     """
     if not self.path.exists():
       return 0
     rows = self.read()
     kept = [row for row in rows if row['step'] <= step]
     fresh = self.path.with_name(self.path.name + '.new')
-    fresh.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
+    try:
+      fresh.write_text(''.join(json.dumps(row) + '\n' for row in kept), encoding='utf-8')
+    except OSError as error:
+      fresh.unlink(missing_ok=True)
+      if not is_full(error):
+        raise
+      raise full(self.path, 'a shortened copy of the log') from error
     os.replace(fresh, self.path)
     return len(rows) - len(kept)
 
@@ -110,7 +133,7 @@ class MetricWriter:
     self.rows = JsonLines(self._workdir / 'metrics.jsonl')
     self.display = display
     self._purge_step: int | None = None
-    self._board: Any = None
+    self._board: Board | None = None
 
   def __enter__(self) -> 'MetricWriter':
     """Returns itself."""
@@ -175,28 +198,18 @@ class MetricWriter:
   def _write_board(self, step: int, metrics: Mapping[str, Any]) -> None:
     """Writes one step to TensorBoard."""
     if self._board is None:
-      # Imported here: it brings protobuf, and `--help` should not wait for it.
-      import tensorboardX
-
-      # Files are named by the second: a suffix keeps a quick resume from replacing the first.
-      suffix = '' if self._purge_step is None else f'.{self._purge_step}'
-      self._board = tensorboardX.SummaryWriter(
-        str(self._workdir / 'tensorboard'),
-        purge_step=self._purge_step,
-        flush_secs=10,
-        filename_suffix=suffix,
-      )
+      self._board = Board(self._workdir / 'tensorboard', self._purge_step)
     for name, value in metrics.items():
       if isinstance(value, Mapping):
         for key, entries in value.items():
           entries = np.asarray(entries, np.float64)
           if entries.size and np.isfinite(entries).all():
-            self._board.add_histogram(f'{name}/{key}', entries, step)
+            self._board.histogram(step, f'{name}/{key}', entries.tolist())
       else:
         entries = np.asarray(math.nan if value is None else value, np.float64)
         for index, entry in enumerate(entries.ravel()):
           if math.isfinite(entry):
-            self._board.add_scalar(f'{name}/{index:02d}' if entries.ndim else name, entry, step)
+            self._board.scalar(step, f'{name}/{index:02d}' if entries.ndim else name, entry)
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,11 @@ from typing import Any
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest
 from deepseek_jax.core.serialise import Change, difference, from_json, to_json, to_module
-from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.train.experiment import Experiment
 
-FATAL = ('model', 'data', 'seed', 'optimizer')
+FATAL = ('model', 'data', 'seed', 'optimizer', 'init_from')
 """Parts of an experiment that a run in progress cannot change: its state would not fit, or its
-data would start over."""
+data would start over; what it began with is past."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,13 @@ class Workdir:
     return self.path / 'samples.jsonl'
 
   @property
+  def init_from(self) -> pathlib.Path:
+    """What of another run's checkpoint this run began with, as JSON."""
+    return self.path / 'init_from.json'
+
+  @property
   def faults(self) -> pathlib.Path:
-    """Skipped steps and their documents, one JSON object a line."""
+    """What went wrong and was survived, one JSON object a line: `step`, `kind`, `message`."""
     return self.path / 'faults.jsonl'
 
   @property
@@ -117,9 +121,6 @@ def compare(old: Experiment, new: Experiment) -> list[Change]:
   for name in ('guard', 'ema'):
     if (getattr(old, name) is None) != (getattr(new, name) is None):
       parts.add(name)
-  if plan_segments(old.model, old.remat) != plan_segments(new.model, new.remat):
-    # Checkpoints hold weights as the scans stack them, and a rematerialisation may regroup scans.
-    parts.add('remat')
   fatal = [change for change in changes if change.path.split('.')[0] in parts]
   if fatal:
     raise ConfigError(

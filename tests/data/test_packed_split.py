@@ -19,6 +19,7 @@ def make_split(seed=0, documents=30, longest=40, length=16):
     tokens=tokens,
     offsets=offsets,
     text_bytes=lengths * 4,
+    given=np.ones(documents, np.int64),
     titles=tuple(f't{i}' for i in range(documents)),
     sources=('s',) * documents,
     fingerprint='f',

@@ -5,7 +5,8 @@ import collections
 import pytest
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.source import EMBEDDED_SOURCES, SPLITS, Embedded, TextFiles
+from deepseek_jax.data.source import EMBEDDED_SOURCES, Embedded, TextFiles
+from deepseek_jax.data.split import SPLITS
 from deepseek_jax.data.tokenizer import CORPUS_FOLDER
 
 

@@ -191,8 +191,10 @@ def test_a_damaged_checkpoint_is_reported(tmp_path):
   for path in sorted((tmp_path / '1' / 'state' / 'd').iterdir()):
     path.write_bytes(path.read_bytes()[:100])
   with pytest.raises(ConfigError, match='cannot be read'):
+    Checkpoints(tmp_path).restore(abstract(state), 1)
+  with pytest.raises(ConfigError, match='is damaged'):
     Checkpoints(tmp_path).restore(abstract(state))
-  with pytest.raises(ConfigError, match='cannot be read'):
+  with pytest.raises(ConfigError, match='is damaged'):
     restore_params(tmp_path)
   (tmp_path / '1' / 'config' / 'data.json').write_text('{')
   with pytest.raises(ConfigError, match='cannot be read'):

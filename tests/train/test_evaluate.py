@@ -20,7 +20,7 @@ LENGTH, ROWS = 24, 4
 QUICK = {'xla_backend_optimization_level': 0}
 
 
-def split_of(lengths, length=LENGTH):
+def split_of(lengths, length=LENGTH, prompts=None):
   """Random documents of some lengths, 3 bytes of text a token; bos 0, eos 1."""
   generator = np.random.default_rng(0)
   offsets = np.concatenate([[0], np.cumsum(lengths)])
@@ -30,6 +30,7 @@ def split_of(lengths, length=LENGTH):
     tokens=tokens,
     offsets=offsets,
     text_bytes=3 * np.asarray(lengths),
+    given=1 + np.asarray(prompts or [0] * len(lengths)),
     titles=tuple(map(str, range(len(lengths)))),
     sources=('s',) * len(lengths),
     fingerprint='f',
@@ -41,7 +42,9 @@ def test_against_every_document_alone():
   """Packing, batching and filling up change nothing: float64 sums, one document after another."""
   # No longer than a row, so that no document is cut. The last batch has rows of padding alone.
   lengths = [25, 2, 9, 14, 20, 3, 25, 11, 6, 17, 22]
-  split = split_of(lengths)
+  # Some begin with a prompt, whose tokens are read and not counted.
+  prompts = [0, 0, 4, 12, 0, 1, 20, 0, 0, 15, 3]
+  split = split_of(lengths, prompts=prompts)
   assert split.rows % ROWS
   base = tiny_mla.get_config()
   run = dataclasses.replace(
@@ -66,17 +69,20 @@ def test_against_every_document_alone():
   shape = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
   alone = jax.jit(logits).lower(shape, shape).compile(QUICK)
   nats, count = 0.0, 0
-  for start, end in zip(split.cache.offsets, split.cache.offsets[1:], strict=False):
+  offsets = split.cache.offsets
+  for start, end, prompt in zip(offsets[:-1], offsets[1:], prompts, strict=True):
     document = split.cache.tokens[start:end].astype(np.int32)
     inputs = np.zeros((1, LENGTH), np.int32)
     inputs[0, : len(document) - 1] = document[:-1]
     real = (np.arange(LENGTH) < len(document) - 1).astype(np.int32)[None]
     values = np.asarray(alone(jnp.asarray(inputs), jnp.asarray(real))[0], np.float64)
     for place, target in enumerate(document[1:]):
+      if place < prompt:
+        continue
       row = values[place] - values[place].max()
       nats += np.log(np.exp(row).sum()) - row[target]
       count += 1
-  assert found.targets == count == split.targets == sum(lengths) - len(lengths)
+  assert found.targets == count == split.targets == sum(lengths) - len(lengths) - sum(prompts)
   assert found.loss == pytest.approx(nats / count, rel=1e-5)
   assert found.bits_per_byte == pytest.approx(nats / np.log(2) / (3 * sum(lengths)), rel=1e-5)
 

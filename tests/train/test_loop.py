@@ -132,6 +132,23 @@ def test_resumed_is_uninterrupted_bitwise(whole, text, tmp_path, cache_dir):
   assert_same_end(whole, path)
 
 
+def test_a_damaged_checkpoint_is_set_aside_and_the_rest_is_the_same(
+  whole, text, tmp_path, cache_dir
+):
+  path = tmp_path / 'damaged'
+  shutil.copytree(whole, path)
+  files = [file for file in (path / 'checkpoints' / '8').rglob('*') if file.is_file()]
+  largest = max(files, key=lambda file: file.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  largest.write_bytes(content)
+  assert run(experiment(text), path, cache_dir).step == 8
+  assert_same_end(whole, path)
+  assert (path / 'checkpoints' / '8.damaged').is_dir()
+  (fault,) = JsonLines(path / 'faults.jsonl').read()
+  assert (fault['step'], fault['kind']) == (4, 'damaged_checkpoint')
+
+
 def test_a_finished_run_does_nothing(whole, text, tmp_path, cache_dir):
   path = tmp_path / 'finished'
   shutil.copytree(whole, path)
