@@ -99,12 +99,12 @@ def test_a_run_that_is_there_goes_on_with_its_own_weights(base, tmp_path, cache_
   source = json.loads((base / 'config.json').read_text())
   assert source['name'] == 'tiny_mla'
   files = TextFiles(str(base.parent / '*.txt'))
-  changes = {'data.source': files, 'init_from': InitFrom(str(base)), 'cadence.save': 2}
-  run(tmp_path / 'run', cache_dir, train_steps=2, **changes)
+  changes = {'data.source': files, 'init_from': InitFrom(str(base))}
+  run(tmp_path / 'run', cache_dir, train_steps=8, **changes)
   before = Checkpoints(tmp_path / 'run' / 'checkpoints').latest()
-  display = run(tmp_path / 'run', cache_dir, train_steps=4, **changes)
-  assert before == 2
+  display = run(tmp_path / 'run', cache_dir, train_steps=12, **changes)
+  assert before == 8
   assert not any('begins with' in text for text in display.texts)
-  assert any('going on after step 2' in text for text in display.texts)
+  assert any('going on after step 8' in text for text in display.texts)
   losses = [row['loss'] for row in JsonLines(tmp_path / 'run' / 'metrics.jsonl').read()]
   assert jax.tree.all(jax.tree.map(np.isfinite, losses))
