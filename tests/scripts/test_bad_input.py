@@ -194,6 +194,10 @@ CASES = {
   'record is a list': (text('list.jsonl'), 'list.jsonl:1', 'expected a JSON object', 'list'),
   'text is a number': (text('number.jsonl'), 'number.jsonl:1', "'text' is int", 'expected a text'),
   'half a character': (text('surrogate.jsonl'), 'surrogate.jsonl:1', 'surrogate'),
+  'pair without completion': (
+    change('data.source=Pairs("{world}/text/keys.jsonl")', config=SMALL),
+    'keys.jsonl:1', "no field 'prompt'",
+  ),
   'no record has text': (text('no_text.jsonl'), 'no_text.jsonl', 'no record'),
   'all is held out': (
     change('data.source.heldout_fraction=1.5', config=SMALL), 'heldout_fraction', '1.5', '0 and 1'
@@ -235,8 +239,18 @@ CASES = {
     resume('good', '--config.model.depth=9'), 'model.depth', '2', '9', 'cannot change'
   ),
   # Checkpoints.
-  'checkpoint cut': (generate('cut'), 'cut/checkpoints/1', 'cannot be read'),
-  'checkpoint to evaluate cut': (evaluate('cut'), 'cut/checkpoints/1', 'cannot be read'),
+  'checkpoint cut': (generate('cut'), 'cut/checkpoints/1', 'is damaged'),
+  'checkpoint to evaluate cut': (evaluate('cut'), 'cut/checkpoints/1', 'is damaged'),
+  'checkpoint to go on from cut': (
+    resume('cut'), 'cut/checkpoints/1', 'damaged', 'nothing was changed'
+  ),
+  'nothing to begin with': (
+    change('init_from=InitFrom("nowhere")', config=SMALL), 'init_from', 'nowhere', 'no checkpoint'
+  ),
+  'weights to begin with that are not kept': (
+    train('--config.init_from=InitFrom("{runs}/good",weights="averaged")'),
+    'init_from', 'good/checkpoints/1', 'no averaged weights',
+  ),
   'checkpoint of other weights': (
     generate('other_weights'), 'other_weights/checkpoints/1', 'float32[264, 24]', '[264, 16]'
   ),
