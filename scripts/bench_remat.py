@@ -1,15 +1,15 @@
 """Memory and time of a training step under each rematerialisation, and with microbatches.
 
-  python scripts/bench_remat.py --what=memory --output=experiments/rematerialisation/results.jsonl
-  python scripts/bench_remat.py --what=resident --output=…
-  python scripts/bench_remat.py --what=time --output=…
-  python scripts/bench_remat.py --what=accumulation --output=…
+  python scripts/bench_remat.py --what=memory --output=results.jsonl
+  python scripts/bench_remat.py --what=resident --depths=16 --output=results.jsonl
+  python scripts/bench_remat.py --what=time --depths=16 --output=results.jsonl
+  python scripts/bench_remat.py --what=accumulation --depths=8 --rows=16 --output=results.jsonl
 
 The model is a small DeepSeek-V3 of experts alone. Memory is what the compiler reserves for the step
-beside its arguments (`memory_analysis`, the same on every run) at two batch sizes: their difference
-is what grows with the batch, the activations; the rest is gradients and the optimizer's
-temporaries. `resident` compares it with what the operating system counts in a process of its own.
-Times are medians over rounds in which the variants take turns.
+beside its arguments (`memory_analysis`, the same on every run); less the gradients, which have the
+size of the parameters and are whole at the peak, it is called activations. `resident` compares it
+with what the operating system counts in a process of its own. Times are medians over rounds in
+which the variants take turns.
 """
 
 import json
@@ -66,7 +66,7 @@ def compiled(chosen: Any, quick: bool = True) -> tuple[Any, Any]:
 
 
 def measure_memory() -> None:
-  """Writes the compiler's temporaries of every kind and depth at two batch sizes."""
+  """Writes the compiler's temporaries of every kind and depth."""
   from deepseek_jax.core.tree import bytes_of
   from experiments.rematerialisation.model import experiment
 
@@ -74,26 +74,22 @@ def measure_memory() -> None:
   if OUTPUT.value and pathlib.Path(OUTPUT.value).exists():
     lines = pathlib.Path(OUTPUT.value).read_text(encoding='utf-8').splitlines()
     earlier = [json.loads(line) for line in lines]
-    done = {(r['depth'], r['kind'], r['dtype']) for r in earlier if r['what'] == 'memory'}
+    done = {(row['depth'], row['kind']) for row in earlier if row['what'] == 'memory'}
   for depth in map(int, DEPTHS.value):
     for name, remat in kinds().items():
-      if (depth, name, 'float32') in done:
+      if (depth, name) in done:
         continue
-      temporaries = []
-      for size in (ROWS.value // 2, ROWS.value):
-        program, step = compiled(experiment(depth, remat, size))
-        temporaries.append(step.memory_analysis().temp_size_in_bytes)
-      activations = 2 * (temporaries[1] - temporaries[0])
+      program, step = compiled(experiment(depth, remat, ROWS.value))
+      temporary = step.memory_analysis().temp_size_in_bytes
+      gradients = bytes_of(program.abstract_state.params)
       write({
         'what': 'memory',
         'depth': depth,
         'kind': name,
-        'dtype': 'float32',
         'rows': ROWS.value,
-        'temporary_bytes': temporaries[1],
-        'activation_bytes': activations,
-        'other_bytes': temporaries[1] - activations,
-        'parameter_bytes': bytes_of(program.abstract_state.params),
+        'temporary_bytes': temporary,
+        'gradient_bytes': gradients,
+        'activation_bytes': temporary - gradients,
         'state_bytes': bytes_of(program.abstract_state),
       })  # fmt: skip
 

@@ -1,0 +1,175 @@
+"""Tables and the picture of what was measured, with the fitted exponents.
+
+  python -m experiments.rematerialisation.plot
+
+Reads `results.jsonl` beside this file, prints Markdown tables and writes `memory.png`.
+"""
+
+import json
+import pathlib
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+FOLDER = pathlib.Path(__file__).parent
+NAMES = {
+  'none': 'none',
+  'save': 'Save(attention)',
+  'square_root': 'SquareRoot',
+  'every_layer': 'EveryLayer',
+  'compressed': 'Compressed',
+}
+COLOURS = ('#222222', '#009E73', '#D55E00', '#0072B2', '#CC79A7')
+MEGABYTE = 2**20
+
+Rows = list[dict[str, Any]]
+
+
+def fit(depths: np.ndarray, sizes: np.ndarray) -> tuple[float, float, float]:
+  """Fits c + a·L^p by least squares of relative errors, c and a not negative.
+
+  Args:
+    depths: [n] layers L.
+    sizes: [n] bytes.
+
+  Returns:
+    c, a and p.
+  """
+  best = (np.inf, 0.0, 0.0, 0.0)
+  for power in np.linspace(0.05, 1.5, 291):
+    for columns in ([np.ones_like(depths), depths**power], [depths**power]):
+      matrix = np.stack(columns, axis=1) / sizes[:, None]
+      solution, *_ = np.linalg.lstsq(matrix, np.ones_like(sizes))
+      error = float(np.sum((matrix @ solution - 1) ** 2))
+      constant, slope = (0.0, *solution) if len(solution) == 1 else solution
+      if constant >= 0 and slope >= 0 and error < best[0] - 1e-12:
+        best = (error, float(constant), float(slope), float(power))
+  return best[1:]
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+  """Returns a Markdown table."""
+  lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines) + '\n'
+
+
+def memory(rows: Rows) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
+  """Returns the table of activations by kind and depth, and the curves."""
+  curves = {}
+  for kind in NAMES:
+    points = sorted((r['depth'], r['activation_bytes']) for r in rows if r['kind'] == kind)
+    curves[kind] = (
+      np.array([depth for depth, _ in points], float),
+      np.array([size for _, size in points], float),
+    )
+  depths = [int(depth) for depth in curves['none'][0]]
+  lines = []
+  for kind, (x, y) in curves.items():
+    constant, slope, power = fit(x, y)
+    wide = np.log(y[-1] / y[0]) / np.log(x[-1] / x[0])
+    cells = [f'{size / MEGABYTE:.1f}' for size in y]
+    law = f'{constant / MEGABYTE:.1f} + {slope / MEGABYTE:.3f}·L^{power:.2f}'
+    lines.append([NAMES[kind], *cells, f'{wide:.2f}', law])
+  head = ['activations, MiB', *map(str, depths), 'slope in log–log', 'fitted']
+  return table(head, lines), curves
+
+
+def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], target: pathlib.Path) -> None:
+  """Draws memory against depth, both logarithmic."""
+  matplotlib.use('Agg')
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(7, 4.2), layout='constrained')
+  for (kind, (x, y)), colour in zip(curves.items(), COLOURS, strict=True):
+    axes.loglog(x, y / MEGABYTE, 'o', color=colour)
+    constant, slope, power = fit(x, y)
+    smooth = np.geomspace(x[0], x[-1], 100)
+    axes.loglog(smooth, (constant + slope * smooth**power) / MEGABYTE, color=colour, lw=1)
+    axes.annotate(
+      f'{NAMES[kind]}, p = {power:.2f}',
+      (x[-1], y[-1] / MEGABYTE),
+      textcoords='offset points',
+      xytext=(8, -3),
+      color=colour,
+    )
+  axes.set_xticks(curves['none'][0], [f'{int(depth)}' for depth in curves['none'][0]])
+  axes.minorticks_off()
+  axes.set_xlim(right=curves['none'][0][-1] * 3.2)
+  axes.set_xlabel('layers L')
+  axes.set_ylabel('activations of a step, MiB')
+  axes.set_title('Memory against depth; lines are fits of c + a·L^p', loc='left', fontsize=10)
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.savefig(target, dpi=130)
+
+
+def main() -> None:
+  """Prints the tables and draws the picture."""
+  text = (FOLDER / 'results.jsonl').read_text(encoding='utf-8')
+  rows: Rows = [json.loads(line) for line in text.splitlines()]
+
+  def of(what: str) -> Rows:
+    return [row for row in rows if row['what'] == what]
+
+  tables, curves = memory(of('memory'))
+  print(tables)
+  draw(curves, FOLDER / 'memory.png')
+  print(
+    table(
+      ['kind', 'depth', 'reserved, MiB', 'resident, MiB'],
+      [
+        [
+          NAMES[row['kind']],
+          str(row['depth']),
+          f'{row["temporary_bytes"] / MEGABYTE:.0f}',
+          f'{row["resident_bytes"] / MEGABYTE:.0f}',
+        ]
+        for row in of('resident')
+      ],
+    )
+  )
+  print(
+    table(
+      ['kind', 'depth', 'time, of none', 'middle half'],
+      [
+        [
+          NAMES[row['kind']],
+          str(row['depth']),
+          f'{row["ratio"]:.2f}',
+          '–'.join(f'{x:.2f}' for x in row['ratio_quarters']),
+        ]
+        for row in of('time')
+      ],
+    )
+  )
+  print(
+    table(
+      ['variant', 'rows at once', 'reserved, MiB', 'speed', 'middle half'],
+      [
+        [
+          row['variant'],
+          str(row['rows_at_once']),
+          f'{row["temporary_bytes"] / MEGABYTE:.0f}',
+          f'{row["speed_ratio"]:.2f}',
+          '–'.join(f'{x:.2f}' for x in row['speed_ratio_quarters']),
+        ]
+        for row in of('accumulation')
+      ],
+    )
+  )
+  pairs: dict[int, dict[str, dict[str, Any]]] = {}
+  for row in of('loss'):
+    pairs.setdefault(row['seed'], {})[row['kind']] = row
+  for key in ('train_loss', 'bits_per_byte'):
+    gaps = [both['compressed'][key] - both['every_layer'][key] for both in pairs.values()]
+    level = np.mean([both['every_layer'][key] for both in pairs.values()])
+    print(
+      f'{key}: exact {level:.4f}, compressed {np.mean(gaps):+.4f} ± {np.std(gaps, ddof=1):.4f} '
+      f'(each seed: {", ".join(f"{gap:+.4f}" for gap in gaps)})'
+    )
+  for row in of('gradient'):
+    print(f'block {row["block"]}, seed {row["seed"]}: error {row["error"]:.4f}')
+
+
+if __name__ == '__main__':
+  main()
