@@ -145,6 +145,8 @@ def _write_texts(folder: pathlib.Path) -> None:
     'surrogate.jsonl': b'{"text": "\\ud800"}\n',
     'deep.jsonl': b'{"text": ' + b'[' * 100_000 + b'\n',
     'no_text.jsonl': b'\n\n',
+    'no_answer.jsonl': b'{"prompt": "a", "completion": "b"}\n{"prompt": "c", "completion": ""}\n',
+    'number_prompt.jsonl': b'{"prompt": 3, "completion": "b"}\n',
     'same/1.txt': b'the same',
     'same/2.txt': b'the same',
   }

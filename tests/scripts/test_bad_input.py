@@ -37,6 +37,12 @@ def text(name):
   return change(f'data.source=TextFiles("{{world}}/text/{name}")', config=SMALL)
 
 
+def pairs(name, prompt='prompt', completion='completion'):
+  """A training command on one of the spoilt files of prompts and completions."""
+  keys = f'prompt="{prompt}", completion="{completion}"'
+  return change(f'data.source=Pairs("{{world}}/text/{name}", {keys})', config=SMALL)
+
+
 def tokenizer(name, bos='<|bos|>', eos='<|eos|>'):
   """A training command with one of the spoilt tokenizers."""
   path = f'{{world}}/tokenizers/{name}'
@@ -194,10 +200,14 @@ CASES = {
   'record is a list': (text('list.jsonl'), 'list.jsonl:1', 'expected a JSON object', 'list'),
   'text is a number': (text('number.jsonl'), 'number.jsonl:1', "'text' is int", 'expected a text'),
   'half a character': (text('surrogate.jsonl'), 'surrogate.jsonl:1', 'surrogate'),
-  'pair without completion': (
-    change('data.source=Pairs("{world}/text/keys.jsonl")', config=SMALL),
-    'keys.jsonl:1', "no field 'prompt'",
+  'pair without prompt': (pairs('keys.jsonl'), 'keys.jsonl:1', "no field 'prompt'"),
+  'pair with nothing to learn': (pairs('no_answer.jsonl'), 'no_answer.jsonl:2', "'completion'"),
+  'pair whose prompt is a number': (
+    pairs('number_prompt.jsonl'), 'number_prompt.jsonl:1', "'prompt' is int", 'expected a text'
   ),
+  'broken pair': (pairs('broken.jsonl', 'text', 'b'), 'broken.jsonl:1', "'b'"),
+  'pairs in a text': (pairs('good.txt'), 'good.txt', '.jsonl'),
+  'one key for both': (pairs('keys.jsonl', 'text', 'text'), 'two keys', "'text'"),
   'no record has text': (text('no_text.jsonl'), 'no_text.jsonl', 'no record'),
   'all is held out': (
     change('data.source.heldout_fraction=1.5', config=SMALL), 'heldout_fraction', '1.5', '0 and 1'
