@@ -5,11 +5,11 @@
   python scripts/bench_remat.py --what=time --depths=16 --output=results.jsonl
   python scripts/bench_remat.py --what=accumulation --depths=8 --rows=16 --output=results.jsonl
 
-The model is a small DeepSeek-V3 of experts alone. Memory is what the compiler reserves for the step
-beside its arguments (`memory_analysis`, the same on every run); less the gradients, which have the
-size of the parameters and are whole at the peak, it is called activations. `resident` compares it
-with what the operating system counts in a process of its own. Times are medians over rounds in
-which the variants take turns.
+The model is a small DeepSeek-V3 of experts alone. `memory` is what the compiler reserves beside
+arguments and results (`memory_analysis`, the same on every run): for the gradients alone, whose
+results are the gradients, so that what is left are activations; and for whole steps, to which
+gradients and the optimizer's temporaries add. `resident` compares with what the operating system
+counts in a process of its own. Times are medians over rounds in which the variants take turns.
 """
 
 import json
@@ -31,6 +31,11 @@ KINDS = flags.DEFINE_list('kinds', [], 'kinds by name; all by default')
 ROWS = flags.DEFINE_integer('rows', 8, 'rows of a batch')
 ROUNDS = flags.DEFINE_integer('rounds', 9, 'timed steps of each variant')
 OUTPUT = flags.DEFINE_string('output', None, 'file that gets one JSON line a measurement')
+
+
+QUICK = {'xla_backend_optimization_level': 0}
+"""Loops are left unpolished, which takes half as long; buffers are the same."""
+STEP_KINDS = ('every_layer', 'compressed')
 
 
 def kinds() -> dict[str, Any]:
@@ -55,43 +60,38 @@ def write(row: dict[str, Any]) -> None:
       file.write(json.dumps(row) + '\n')
 
 
-def compiled(chosen: Any, quick: bool = True) -> tuple[Any, Any]:
-  """Returns a program and its compiled step; `quick` leaves loops unpolished, not buffers."""
-  from deepseek_jax.train.step import build_program
-
-  program = build_program(chosen)
-  options = {'xla_backend_optimization_level': 0} if quick else None
-  lowered = program.step.lower(program.abstract_state, program.abstract_batch())
-  return program, lowered.compile(options)
-
-
 def measure_memory() -> None:
-  """Writes the compiler's temporaries of every kind and depth."""
+  """Writes the compiler's temporaries of gradients and of a step, of every kind and depth."""
   from deepseek_jax.core.tree import bytes_of
-  from experiments.rematerialisation.model import experiment
+  from deepseek_jax.train.step import build_program
+  from experiments.rematerialisation.model import experiment, make_gradients
 
   done = set()
   if OUTPUT.value and pathlib.Path(OUTPUT.value).exists():
     lines = pathlib.Path(OUTPUT.value).read_text(encoding='utf-8').splitlines()
     earlier = [json.loads(line) for line in lines]
-    done = {(row['depth'], row['kind']) for row in earlier if row['what'] == 'memory'}
-  for depth in map(int, DEPTHS.value):
-    for name, remat in kinds().items():
-      if (depth, name) in done:
-        continue
-      program, step = compiled(experiment(depth, remat, ROWS.value))
-      temporary = step.memory_analysis().temp_size_in_bytes
-      gradients = bytes_of(program.abstract_state.params)
-      write({
-        'what': 'memory',
-        'depth': depth,
-        'kind': name,
-        'rows': ROWS.value,
-        'temporary_bytes': temporary,
-        'gradient_bytes': gradients,
-        'activation_bytes': temporary - gradients,
-        'state_bytes': bytes_of(program.abstract_state),
-      })  # fmt: skip
+    done = {(row['depth'], row['kind'], row['what']) for row in earlier if 'kind' in row}
+  for what in ('gradient_memory', 'step_memory'):
+    for depth in map(int, DEPTHS.value):
+      for name, remat in kinds().items():
+        # Steps are for scale: they take as long to compile again.
+        if (depth, name, what) in done or (what == 'step_memory' and name not in STEP_KINDS):
+          continue
+        program = build_program(experiment(depth, remat, ROWS.value))
+        state, batch = program.abstract_state, program.abstract_batch()
+        if what == 'gradient_memory':
+          lowered = make_gradients(program, remat).lower(state.params, state.buffers, batch)
+        else:
+          lowered = program.step.lower(state, batch)
+        write({
+          'what': what,
+          'depth': depth,
+          'kind': name,
+          'rows': ROWS.value,
+          'temporary_bytes': lowered.compile(QUICK).memory_analysis().temp_size_in_bytes,
+          'gradient_bytes': bytes_of(state.params),
+          'state_bytes': bytes_of(state),
+        })  # fmt: skip
 
 
 def ready(chosen: Any) -> tuple[Any, Any, Any]:
@@ -100,8 +100,10 @@ def ready(chosen: Any) -> tuple[Any, Any, Any]:
   import numpy as np
 
   from deepseek_jax.data.batch import Batch
+  from deepseek_jax.train.step import build_program
 
-  program, step = compiled(chosen, quick=False)
+  program = build_program(chosen)
+  step = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
   shape = (chosen.data.batch_size, chosen.data.length)
   tokens = np.random.default_rng(0).integers(3, 259, shape).astype(np.int32)
   positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
@@ -115,13 +117,12 @@ def ready(chosen: Any) -> tuple[Any, Any, Any]:
   )
 
 
-def take_turns(variants: dict[str, Any], steps: dict[str, int]) -> dict[str, list[float]]:
+def take_turns(made: dict[str, Any], steps: dict[str, int]) -> dict[str, list[float]]:
   """Returns seconds of every round of each variant, `steps` training steps a round."""
   import jax
 
-  made = {name: ready(chosen) for name, chosen in variants.items()}
   states = {name: state for name, (_, state, _) in made.items()}
-  spent: dict[str, list[float]] = {name: [] for name in variants}
+  spent: dict[str, list[float]] = {name: [] for name in made}
   for _ in range(ROUNDS.value + 1):
     for name, (step, _, batch) in made.items():
       begin = time.perf_counter()
@@ -138,8 +139,8 @@ def measure_time() -> None:
   from experiments.rematerialisation.model import experiment
 
   for depth in map(int, DEPTHS.value):
-    variants = {name: experiment(depth, remat, ROWS.value) for name, remat in kinds().items()}
-    spent = take_turns(variants, {})
+    made = {n: ready(experiment(depth, remat, ROWS.value)) for n, remat in kinds().items()}
+    spent = take_turns(made, {})
     first = spent[next(iter(spent))]
     for name, seconds in spent.items():
       ratios = sorted(a / b for a, b in zip(seconds, first, strict=True))
@@ -148,6 +149,7 @@ def measure_time() -> None:
         'depth': depth,
         'kind': name,
         'rows': ROWS.value,
+        'temporary_bytes': made[name][0].memory_analysis().temp_size_in_bytes,
         'seconds': statistics.median(seconds),
         'ratio': statistics.median(ratios),
         'ratio_quarters': [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
@@ -168,10 +170,11 @@ def measure_accumulation() -> None:
       name = f'{count} steps'
       variants[name] = experiment(depth, None, ROWS.value // count)
       steps[name], parts[name] = count, count
-  spent = take_turns(variants, steps)
+  made = {name: ready(chosen) for name, chosen in variants.items()}
+  spent = take_turns(made, steps)
   whole = spent['1 microbatches']
   for name, seconds in spent.items():
-    _, step = compiled(variants[name])
+    step = made[name][0]
     ratios = sorted(b / a for a, b in zip(seconds, whole, strict=True))
     write({
       'what': 'accumulation',

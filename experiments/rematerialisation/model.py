@@ -1,5 +1,10 @@
 """The model that is measured: a small DeepSeek-V3 with experts in every layer."""
 
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
 from deepseek_jax.core.precision import BFloat16, Float32
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.tokenizer import Bytes
@@ -12,6 +17,8 @@ from deepseek_jax.optim.balance import SignBias
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.objective import batch_context, batch_totals, training_loss
+from deepseek_jax.train.step import OnMesh, Program
 
 
 def experiment(
@@ -45,3 +52,18 @@ def experiment(
     remat=remat,
     precision=Float32() if dtype == 'float32' else BFloat16(),
   )
+
+
+def make_gradients(program: Program, remat: Remat | None) -> OnMesh:
+  """Returns the jitted `(params, buffers, batch) -> gradients`."""
+  chosen = program.experiment
+  decoder = chosen.model.build(remat=remat)
+
+  def loss(params: Any, buffers: Any, batch: Any) -> jax.Array:
+    variables = {'params': params, 'buffers': buffers}
+    context, totals = batch_context(batch, chosen.rules), batch_totals(batch, 0)
+    return training_loss(
+      decoder, variables, batch, totals, jnp.float32(0), context, chosen.objective.chunk
+    )[0]
+
+  return OnMesh(program.mesh, jax.jit(jax.grad(loss)))

@@ -58,7 +58,7 @@ def memory(rows: Rows) -> tuple[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
   """Returns the table of activations by kind and depth, and the curves."""
   curves = {}
   for kind in NAMES:
-    points = sorted((r['depth'], r['activation_bytes']) for r in rows if r['kind'] == kind)
+    points = sorted((r['depth'], r['temporary_bytes']) for r in rows if r['kind'] == kind)
     curves[kind] = (
       np.array([depth for depth, _ in points], float),
       np.array([size for _, size in points], float),
@@ -103,6 +103,32 @@ def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], target: pathlib.Path)
   figure.savefig(target, dpi=130)
 
 
+def ratio_table(head: list[str], rows: Rows, ratio: str) -> str:
+  """Returns a table of variants with their reserved memory and a ratio with its middle half."""
+  lines = []
+  for row in rows:
+    middle = '–'.join(f'{x:.2f}' for x in row[f'{ratio}_quarters'])
+    size = f'{row["temporary_bytes"] / MEGABYTE:.0f}'
+    lines.append([row.get('variant') or NAMES[row['kind']], size, f'{row[ratio]:.2f}', middle])
+  return table(head, lines)
+
+
+def losses(rows: Rows) -> str:
+  """Returns the differences that compression makes, seed by seed."""
+  pairs: dict[int, dict[str, dict[str, Any]]] = {}
+  for row in rows:
+    pairs.setdefault(row['seed'], {})[row['kind']] = row
+  lines = []
+  for key in ('train_loss', 'bits_per_byte'):
+    exact = [both['every_layer'][key] for both in pairs.values()]
+    gaps = [both['compressed'][key] - both['every_layer'][key] for both in pairs.values()]
+    each = [f'{gap:+.4f}' for gap in gaps]
+    mean = f'{np.mean(gaps):+.4f} ± {np.std(gaps, ddof=1):.4f}'
+    level = f'{np.mean(exact):.4f} ± {np.std(exact, ddof=1):.4f}'
+    lines.append([key, level, mean, *each])
+  return table(['', 'exact', 'compressed less exact', *map(str, pairs)], lines)
+
+
 def main() -> None:
   """Prints the tables and draws the picture."""
   text = (FOLDER / 'results.jsonl').read_text(encoding='utf-8')
@@ -111,62 +137,21 @@ def main() -> None:
   def of(what: str) -> Rows:
     return [row for row in rows if row['what'] == what]
 
-  tables, curves = memory(of('memory'))
-  print(tables)
+  sizes, curves = memory(of('gradient_memory'))
+  print(sizes)
   draw(curves, FOLDER / 'memory.png')
-  print(
-    table(
-      ['kind', 'depth', 'reserved, MiB', 'resident, MiB'],
-      [
-        [
-          NAMES[row['kind']],
-          str(row['depth']),
-          f'{row["temporary_bytes"] / MEGABYTE:.0f}',
-          f'{row["resident_bytes"] / MEGABYTE:.0f}',
-        ]
-        for row in of('resident')
-      ],
-    )
-  )
-  print(
-    table(
-      ['kind', 'depth', 'time, of none', 'middle half'],
-      [
-        [
-          NAMES[row['kind']],
-          str(row['depth']),
-          f'{row["ratio"]:.2f}',
-          '–'.join(f'{x:.2f}' for x in row['ratio_quarters']),
-        ]
-        for row in of('time')
-      ],
-    )
-  )
-  print(
-    table(
-      ['variant', 'rows at once', 'reserved, MiB', 'speed', 'middle half'],
-      [
-        [
-          row['variant'],
-          str(row['rows_at_once']),
-          f'{row["temporary_bytes"] / MEGABYTE:.0f}',
-          f'{row["speed_ratio"]:.2f}',
-          '–'.join(f'{x:.2f}' for x in row['speed_ratio_quarters']),
-        ]
-        for row in of('accumulation')
-      ],
-    )
-  )
-  pairs: dict[int, dict[str, dict[str, Any]]] = {}
-  for row in of('loss'):
-    pairs.setdefault(row['seed'], {})[row['kind']] = row
-  for key in ('train_loss', 'bits_per_byte'):
-    gaps = [both['compressed'][key] - both['every_layer'][key] for both in pairs.values()]
-    level = np.mean([both['every_layer'][key] for both in pairs.values()])
-    print(
-      f'{key}: exact {level:.4f}, compressed {np.mean(gaps):+.4f} ± {np.std(gaps, ddof=1):.4f} '
-      f'(each seed: {", ".join(f"{gap:+.4f}" for gap in gaps)})'
-    )
+  for what, key in (('step_memory', 'temporary_bytes'), ('resident', 'resident_bytes')):
+    lines = [
+      [NAMES[r['kind']], *(f'{r[k] / MEGABYTE:.1f}' for k in ('temporary_bytes', key))]
+      for r in of(what)
+    ]
+    depths = [str(row['depth']) for row in of(what)]
+    lines = [[line[0], depth, *line[1:]] for line, depth in zip(lines, depths, strict=True)]
+    print(table(['kind', 'depth', 'reserved, MiB', what], lines))
+  print(ratio_table(['kind', 'reserved, MiB', 'time', 'middle half'], of('time'), 'ratio'))
+  head = ['variant', 'reserved, MiB', 'speed', 'middle half']
+  print(ratio_table(head, of('accumulation'), 'speed_ratio'))
+  print(losses(of('loss')))
   for row in of('gradient'):
     print(f'block {row["block"]}, seed {row["seed"]}: error {row["error"]:.4f}')
 

@@ -15,15 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.models.remat import Compressed, EveryLayer, Remat
 from deepseek_jax.train.evaluate import evaluate
-from deepseek_jax.train.objective import batch_context, batch_totals, training_loss
 from deepseek_jax.train.state import TrainState
-from deepseek_jax.train.step import OnMesh, Program, build_program
-from experiments.rematerialisation.model import experiment
+from deepseek_jax.train.step import Program, build_program
+from experiments.rematerialisation.model import experiment, make_gradients
 
 KINDS: dict[str, Remat | None] = {
   'none': None,
@@ -43,21 +41,6 @@ def train(program: Program, data: Any, seed: int) -> tuple[TrainState, float]:
     state, metrics = program.step(state, jax.device_put(next(batches), program.batch_sharding))
     losses.append(metrics['loss'])
   return state, float(np.mean(jax.device_get(losses[-50:])))
-
-
-def make_gradients(program: Program, remat: Remat | None) -> Callable[..., Any]:
-  """Returns the jitted `(params, buffers, batch) -> gradients`."""
-  chosen = program.experiment
-  decoder = chosen.model.build(remat=remat)
-
-  def loss(params: Any, buffers: Any, batch: Any) -> jax.Array:
-    variables = {'params': params, 'buffers': buffers}
-    context, totals = batch_context(batch, chosen.rules), batch_totals(batch, 0)
-    return training_loss(
-      decoder, variables, batch, totals, jnp.float32(0), context, chosen.objective.chunk
-    )[0]
-
-  return OnMesh(program.mesh, jax.jit(jax.grad(loss)))
 
 
 def compare(got: Any, want: Any) -> tuple[float, float]:
