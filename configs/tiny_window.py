@@ -8,12 +8,14 @@ import dataclasses
 
 from configs import tiny_mla
 from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.train.experiment import Experiment
 
 
 def get_config() -> Experiment:
   """Returns the run."""
   base = tiny_mla.get_config()
+  assert isinstance(base.model, DeepSeekV3)
   attention = Window(
     heads=4, nope_dim=8, rope_dim=4, value_dim=8, latent=16, query_latent=24, size=16, sinks=2
   )

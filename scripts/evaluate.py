@@ -20,6 +20,8 @@ Measures a trained model on held-out text.
   --cache_dir=DIR         tokens and pack plans (default: ~/.cache/deepseek_jax)
 
 Prints bits per byte of the whole held-out text, and what five yardsticks need for the same text.
+For a run on captioned pictures: how well held-out captions are predicted from their own picture and
+from another one, and how many keywords of the model's own captions are right.
 """
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
@@ -35,7 +37,9 @@ def main() -> None:
 
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.core.serialise import from_json
+  from deepseek_jax.data.captions import CaptionData
   from deepseek_jax.data.yardstick import yardsticks
+  from deepseek_jax.infer.caption_score import measure_captions
   from deepseek_jax.train.checkpoint_reader import (
     read_params,
     require_equal_trees,
@@ -71,6 +75,16 @@ def main() -> None:
   )
   cache = launch.cache_dir(CACHE_DIR.value)
   data = experiment.data.prepare(cache)
+  name = f'{experiment.name}, step {step}'
+  if isinstance(data, CaptionData):
+    variables = {
+      'params': place(params, state.params),
+      'buffers': place(buffers, state.buffers),
+    }
+    figures = measure_captions(program.decoder, variables, data)
+    write_json(workdir.path / 'captions.json', {'step': step, **figures})
+    print(caption_report(name, figures))
+    return
   result = evaluate(
     program, place(params, state.params), place(buffers, state.buffers), data.heldout
   )
@@ -78,11 +92,32 @@ def main() -> None:
   figures = yardsticks(data, cache) if YARDSTICKS.value and not data.heldout.prompted else {}
   if figures:
     write_json(workdir.path / 'yardsticks.json', figures)
-  name = f'{experiment.name}, step {step}'
   print(report(name, result.bits_per_byte, figures))
   print(
     f'{data.heldout.text_bytes:,} bytes of {data.heldout.documents} held-out documents, '
     f'{result.targets:,} tokens, {result.loss:.4f} nats a token'
+  )
+
+
+def caption_report(name: str, figures: dict[str, Any]) -> str:
+  """Returns the figures of a model that describes pictures, as lines."""
+  from deepseek_jax.core.describe import table
+
+  nats, f1 = figures['nats_per_token'], figures['keyword_f1']
+  rows = [
+    ('own picture', f'{nats["own"]:.4f}', f'{f1["own"]:.4f}'),
+    ('another picture', f'{nats["shuffled"]:.4f}', f'{f1["shuffled"]:.4f}'),
+    (
+      'gap',
+      f'{nats["gap"]:.4f} ± {nats["gap_error"]:.4f}',
+      f'{f1["gap"]:.4f} ± {f1["gap_error"]:.4f}',
+    ),
+    ('the best single caption', '', f'{f1["constant"]:.4f}'),
+  ]
+  lines = table(rows, (name, 'nats a token of the caption', 'keyword F1 of greedy captions'))
+  return (
+    f'{lines}\n{figures["pictures"]} held-out pictures of {figures["drawings"]} drawings; '
+    '± is the standard error over drawings, by bootstrap'
   )
 
 

@@ -25,7 +25,7 @@ def main(config_path: str | None, assignments: dict[str, str]) -> None:
   from deepseek_jax.core.override import override_from_text
   from deepseek_jax.core.serialise import difference, to_python
   from deepseek_jax.models.cost import weights_of
-  from deepseek_jax.models.decoder import init_variables, plan_segments
+  from deepseek_jax.models.decoder import init_variables
   from deepseek_jax.sharding.rules import logical_axes
   from deepseek_jax.train import summary
 
@@ -42,7 +42,7 @@ def main(config_path: str | None, assignments: dict[str, str]) -> None:
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   weights = weights_of(experiment.model, boxed_shapes(boxed), logical_axes(boxed)['params'])
   print(to_python(experiment), end='\n\n')
-  print(summary.describe_plan(plan_segments(experiment.model)), end='\n\n')
+  print(summary.describe_layers(experiment.model), end='\n\n')
   print(summary.describe_parameters(weights), end='\n\n')
   print(summary.describe_cost(experiment, weights))
 

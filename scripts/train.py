@@ -31,6 +31,8 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'check, print and exit')
 DISPLAY = flags.DEFINE_enum('display', 'auto', ['auto', 'live', 'line', 'quiet'], 'terminal')
 CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack plans')
+SAMPLED_PICTURES = 12
+"""Held-out pictures that a run on captions describes when it samples."""
 COMPILE_LIMIT = 4e9
 """Parameters beyond which a dry run does not compile the step."""
 
@@ -162,7 +164,11 @@ def check(experiment: Any) -> None:
 
 
 def make_sampler(experiment: Any) -> Any:
-  """Returns what makes the function that continues the prompts, or None without prompts."""
+  """Returns what makes the function that samples, or None where there is nothing to continue."""
+  from deepseek_jax.data.captions import ImageCaptions
+
+  if isinstance(experiment.data, ImageCaptions):
+    return make_captioner
   if not experiment.prompts:
     return None
 
@@ -184,6 +190,17 @@ def make_sampler(experiment: Any) -> Any:
     return sample
 
   return make
+
+
+def make_captioner(program: Any, data: Any) -> Any:
+  """Returns the function that describes some held-out pictures."""
+  from deepseek_jax.infer.caption import sample_captions
+
+  def sample(params: Any, buffers: Any) -> list[dict[str, Any]]:
+    variables = {'params': params, 'buffers': buffers}
+    return sample_captions(program.decoder, variables, data.heldout, SAMPLED_PICTURES)
+
+  return sample
 
 
 if __name__ == '__main__':

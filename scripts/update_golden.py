@@ -25,8 +25,8 @@ if TYPE_CHECKING:
   from deepseek_jax.train.experiment import Experiment
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'golden'
-TINY = ('tiny_mla', 'tiny_window', 'tiny_gated')
-CONFIGS = (*TINY, 'quickstart')
+TINY = ('tiny_mla', 'tiny_window', 'tiny_gated', 'tiny_caption')
+CONFIGS = (*TINY, 'quickstart', 'image_caption')
 DEVICES = 8
 CURVE_STEPS = 20
 CURVE_TOLERANCE = {'step': 0.0, 'loss': 1e-4, 'mtp_loss': 1e-4, 'grad_norm': 5e-3}
@@ -100,14 +100,14 @@ def _array_lines(prefix: str, tree: Any) -> Iterator[str]:
     yield f'{"/".join(filter(None, (prefix, address)))} {shape} {leaf.dtype} ({spec})'
 
 
-def curve_text(name: str, cache_dir: pathlib.Path) -> str:
+def curve_text(config: str, cache_dir: pathlib.Path) -> str:
   """Returns the loss of each of the first 20 steps on one CPU device."""
   import jax
 
   from deepseek_jax.sharding.mesh import MeshConfig
   from deepseek_jax.train.step import build_program
 
-  experiment = dataclasses.replace(load(name), mesh=MeshConfig())
+  experiment = dataclasses.replace(load(config), mesh=MeshConfig())
   program = build_program(experiment, jax.devices('cpu')[:1])
   # The compiler's last polish takes longer than all the steps.
   options = {'xla_backend_optimization_level': 0}
@@ -115,10 +115,13 @@ def curve_text(name: str, cache_dir: pathlib.Path) -> str:
   state = program.init.lower(key).compile(options)(key)
   step = program.step.lower(program.abstract_state, program.abstract_batch()).compile(options)
   batches = experiment.data.prepare(cache_dir).train_batches(0)
-  lines = ['step loss mtp_loss grad_norm']
+  names: tuple[str, ...] = ('loss', 'grad_norm')
+  if experiment.model.mtp is not None:
+    names = ('loss', 'mtp_loss', 'grad_norm')
+  lines = [' '.join(('step', *names))]
   for number in range(CURVE_STEPS):
     state, metrics = step(state, jax.device_put(next(batches), program.batch_sharding))
-    figures = (float(metrics[figure]) for figure in ('loss', 'mtp_loss', 'grad_norm'))
+    figures = (float(metrics[name]) for name in names)
     lines.append(' '.join([str(number), *(f'{figure:.7g}' for figure in figures)]))
   return '\n'.join(lines) + '\n'
 

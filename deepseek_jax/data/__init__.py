@@ -1,7 +1,9 @@
-"""Text to batches: sources, tokenizers, packing, and the pipeline that yields one typed Batch."""
+"""Text and pictures to batches: sources, tokenizers, packing, pipelines that yield one Batch."""
 
 from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.captions import CaptionData, CaptionSplit, ImageCaptions
 from deepseek_jax.data.document import Document
+from deepseek_jax.data.drawing import OpenClipart
 from deepseek_jax.data.packed_split import PackedSplit, heldout_batches
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.pipeline import TextCorpus, TextData, train_batches
@@ -12,9 +14,13 @@ __all__ = [
   'BPE',
   'Batch',
   'Bytes',
+  'CaptionData',
+  'CaptionSplit',
   'DeepSeekVocabulary',
   'Document',
   'Embedded',
+  'ImageCaptions',
+  'OpenClipart',
   'PackedSplit',
   'Pairs',
   'TextCorpus',

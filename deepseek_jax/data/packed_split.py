@@ -8,7 +8,7 @@ from typing import cast
 import jax
 import numpy as np
 
-from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.batch import Batch, Rows
 from deepseek_jax.data.cache import TokenCache
 from deepseek_jax.data.packing import PackPlan
 
@@ -134,7 +134,7 @@ class PackedSplit:
     return Batch(**cast(dict[str, jax.Array], fields))
 
 
-def heldout_batches(split: PackedSplit, batch_size: int) -> Iterator[Batch]:
+def heldout_batches(split: Rows, batch_size: int) -> Iterator[Batch]:
   """All rows once and in order, as [B, T] NumPy batches; the last is filled up with padding rows.
 
   Args:

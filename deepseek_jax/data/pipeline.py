@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.batch import Batch, Rows
 from deepseek_jax.data.cache import token_cache
 from deepseek_jax.data.packed_split import PackedSplit
 from deepseek_jax.data.packing import pack_plan
@@ -52,6 +52,11 @@ class TextCorpus:
       )
     if messages:
       raise ConfigError(messages)
+
+  @property
+  def image_shape(self) -> None:
+    """There are no pictures."""
+    return None
 
   def prepare(self, cache_dir: pathlib.Path) -> 'TextData':
     """Tokenizes and packs, or opens what an earlier run did.
@@ -109,7 +114,7 @@ class TextData:
 
 
 def train_batches(
-  split: PackedSplit, step: int, *, batch_size: int, seed: int, rows: slice | None = None
+  split: Rows, step: int, *, batch_size: int, seed: int, rows: slice | None = None
 ) -> Iterator[Batch]:
   """Endless [B, T] NumPy batches of shuffled rows, in another order each epoch.
 

@@ -61,6 +61,16 @@ def prefill(
     positions=start[:, None] + offsets,
     segments=(offsets < counts[:, None]).astype(jnp.int32),
   )
+  return prefill_context(decoder, variables, caches, context, counts)
+
+
+def prefill_context(
+  decoder: Decoder, variables: Variables, caches: Any, context: Context, counts: jax.Array
+) -> tuple[jax.Array, Any]:
+  """Feeds the next tokens of every row as a context [B, T] has them, pictures among them.
+
+  Arguments and results are otherwise those of `prefill`.
+  """
 
   def forward(module: Decoder, context: Context, caches: Any) -> tuple[jax.Array, Any]:
     hidden, caches = module(context, caches)

@@ -6,6 +6,9 @@ from flax import struct
 
 from deepseek_jax.sharding.rules import Rules
 
+TEXT, IMAGE = 0, 1
+"""What a token of a row is: values of `Context.modality`."""
+
 
 @struct.dataclass
 class Context:
@@ -15,7 +18,11 @@ class Context:
     tokens: [B, T] int32 token ids.
     positions: [B, T] int32 place of each token in its segment; with a cache, its slot too.
     segments: [B, T] int32 packed document of each token, from 1; 0 is padding.
-    modality: [B, T] int32, 0 for text, or None.
+    modality: [B, T] int32, `TEXT` or `IMAGE`; None where all is text.
+    images: [B, M, S, S, 3] uint8 pictures of each row, or None. They are for the embedding; the
+      layers of the stack do not get them.
+    placeholders: [B, T] int32 which of the row's picture embeddings stands in the token's place,
+      from 0; -1 is a token. None without pictures.
     step: scalar int32 training step, or None.
     key: random key for noise in the forward pass, or None.
     rules: how activations are laid out over the mesh.
@@ -25,6 +32,8 @@ class Context:
   positions: jax.Array
   segments: jax.Array
   modality: jax.Array | None = None
+  images: jax.Array | None = None
+  placeholders: jax.Array | None = None
   step: jax.Array | None = None
   key: jax.Array | None = None
   rules: Rules = struct.field(pytree_node=False, default=Rules())

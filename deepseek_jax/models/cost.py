@@ -8,6 +8,8 @@ from typing import Any
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.layers.weights import BATCH_AXES
 from deepseek_jax.models.decoder import Family, plan_segments
+from deepseek_jax.models.encoder import encoder_layers
+from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 
@@ -21,12 +23,14 @@ class Weight:
     shape: sizes of its axes.
     axes: logical axis names.
     used: share of it that one token meets (chosen over all experts), 0 for a look-up table.
+    vectors: for a weight of an encoder, vectors of one picture that meet it; None where tokens do.
   """
 
   address: str
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   used: float
+  vectors: int | None = None
 
   @property
   def size(self) -> int:
@@ -46,13 +50,16 @@ def weights_of(family: Family, params: Any, axes: Any, remat: Remat | None = Non
   result = []
   for address, leaf in flatten(params).items():
     names = flat_axes[address]
-    used = 1.0
-    if address.startswith('embedding/'):
+    used, vectors = 1.0, None
+    if address.startswith('embedding/') or address.endswith('stem/position'):
       used = 0.0
     elif 'expert' in names:
       layer = next(block for prefix, block in blocks.items() if address.startswith(prefix))
       used = layer.feed_forward.top_k / layer.feed_forward.experts  # type: ignore[union-attr]
-    result.append(Weight(address, tuple(leaf.shape), names, used))
+    if isinstance(family, Multimodal) and address.startswith('image/'):
+      image = family.image
+      vectors = image.slots if address.startswith('image/projection/') else image.patches
+    result.append(Weight(address, tuple(leaf.shape), names, used, vectors))
   return result
 
 
@@ -65,11 +72,24 @@ def _blocks(family: Family, remat: Remat | None) -> Iterator[tuple[str, Block]]:
 
 
 def active_parameters(weights: list[Weight]) -> int:
-  """Returns the parameters that one token is multiplied with, MTP modules included."""
-  return round(sum(w.size * w.used for w in weights if w.is_matrix))
+  """Returns the parameters that one token is multiplied with, MTP modules included.
+
+  Those of an encoder are not among them: patches meet them, which are no tokens.
+  """
+  return round(sum(w.size * w.used for w in weights if w.is_matrix and w.vectors is None))
 
 
-def forward_flops(family: Family, weights: list[Weight], length: int) -> float:
+def picture_flops(family: Family, weights: list[Weight]) -> float:
+  """Returns forward FLOPs of encoding one picture; 0 for a model of text."""
+  if not isinstance(family, Multimodal):
+    return 0.0
+  image = family.image
+  products = sum(2.0 * w.size * w.vectors for w in weights if w.is_matrix and w.vectors is not None)
+  mixing = sum(block.attention.mixing_flops(image.patches) for block in encoder_layers(image))
+  return products + mixing * image.patches
+
+
+def forward_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
   """Returns forward FLOPs a token: 2 a parameter met, and the mixing of attention.
 
   Attention is counted causally, over segments of `length` tokens: packed documents that are
@@ -79,18 +99,20 @@ def forward_flops(family: Family, weights: list[Weight], length: int) -> float:
     family: the model.
     weights: from `weights_of`.
     length: tokens in a row.
+    pictures: pictures in a row; their encoding is shared out to its tokens.
   """
   depth = 0 if family.mtp is None else family.mtp.depth
   layers = family.layers()
   layers += [layers[-1]] * depth
   mixing = sum(block.attention.mixing_flops(length) for block in layers)
   head = family.width * family.vocab * depth
-  return 2.0 * (active_parameters(weights) + head) + mixing
+  seen = pictures * picture_flops(family, weights) / length
+  return 2.0 * (active_parameters(weights) + head) + mixing + seen
 
 
-def training_flops(family: Family, weights: list[Weight], length: int) -> float:
+def training_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
   """Returns FLOPs a token of a training step: forward and twice that backward, no recomputation.
 
   Source: the convention of PaLM, arXiv 2204.02311, appendix B.
   """
-  return 3.0 * forward_flops(family, weights, length)
+  return 3.0 * forward_flops(family, weights, length, pictures)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.attention.bidirectional import Bidirectional
 from deepseek_jax.layers.attention.gated import Gated
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.window import Window
@@ -29,7 +30,7 @@ class Block:
     norm: norm before each sublayer.
   """
 
-  attention: MLA | Window | Gated
+  attention: MLA | Window | Gated | Bidirectional
   feed_forward: SwiGLU | MoE
   residual: Add = Add()
   norm: RMSNorm = RMSNorm()

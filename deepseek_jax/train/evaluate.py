@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from deepseek_jax.data.batch import Batch
-from deepseek_jax.data.packed_split import PackedSplit, heldout_batches
+from deepseek_jax.data.batch import Batch, Rows
+from deepseek_jax.data.packed_split import heldout_batches
 from deepseek_jax.train.step import Program
 
 
@@ -26,13 +26,13 @@ class Evaluation(NamedTuple):
   targets: int
 
 
-def bits_per_byte(loss: float, split: PackedSplit) -> float:
+def bits_per_byte(loss: float, split: Rows) -> float:
   """Converts nats a token to bits a byte, by the split's own tokens per byte."""
   return float(split.bits_per_byte(loss * split.targets))
 
 
 def evaluate(
-  program: Program, params: Any, buffers: Any, split: PackedSplit, batches: int | None = None
+  program: Program, params: Any, buffers: Any, split: Rows, batches: int | None = None
 ) -> Evaluation:
   """Measures the loss of parameters on a split.
 

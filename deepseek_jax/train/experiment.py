@@ -6,8 +6,10 @@ from typing import Annotated
 from deepseek_jax.core.annotation import Presets
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest, Float32, Precision
+from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
+from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import SignBias
 from deepseek_jax.optim.ema import EMA
@@ -58,7 +60,7 @@ class Experiment:
   Attributes:
     name: what the run is called.
     model: the family and its dials.
-    data: text, tokenizer, rows.
+    data: text or captioned pictures, tokenizer, rows.
     optimizer: what turns gradients into updates, with its peak learning rate.
     schedule: factor on the peak learning rate over training.
     train_steps: updates of the whole run.
@@ -78,8 +80,8 @@ class Experiment:
   """
 
   name: str
-  model: DeepSeekV3
-  data: TextCorpus
+  model: DeepSeekV3 | Multimodal
+  data: TextCorpus | ImageCaptions
   optimizer: AdamW | Muon
   schedule: Schedule
   train_steps: int
@@ -140,6 +142,29 @@ class Experiment:
       errors += [f'data.tokenizer: {message}' for message in error.messages]
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices)
+    return errors + self._check_images()
+
+  def _check_images(self) -> list[str]:
+    """What the data shows and what the model sees are the same pictures."""
+    model, data = self.model, self.data
+    if isinstance(data, TextCorpus) and isinstance(model, DeepSeekV3):
+      return []
+    if isinstance(data, TextCorpus):
+      return ['model is Multimodal, but data.TextCorpus has no pictures to learn its encoder from']
+    if isinstance(model, DeepSeekV3):
+      return ['data is ImageCaptions, but model.DeepSeekV3 sees no pictures; try Multimodal']
+    errors = []
+    if data.slots != model.image.slots:
+      errors.append(
+        f'data.slots is {data.slots}, but model.image makes {model.image.slots} of a picture'
+      )
+    if data.source.side != model.image.size:
+      errors.append(
+        f'model.image.size is {model.image.size}, but the pictures of data.source have '
+        f'{data.source.side} pixels a side'
+      )
+    if self.rules.seq:
+      errors.append(f'rules.seq is {self.rules.seq}; pictures are not spread over a sequence axis')
     return errors
 
   def _check_batch(self, devices: int) -> list[str]:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.models.cost import training_flops
 from deepseek_jax.models.decoder import plan_segments
@@ -59,7 +60,7 @@ class _Run:
   experiment: Experiment
   segments: tuple[Segment, ...]
   program: Program
-  data: TextData
+  data: TextData | CaptionData
   workdir: Workdir
   writer: MetricWriter
   faults: FaultLog
@@ -76,7 +77,7 @@ def train(
   workdir: Workdir,
   cache_dir: pathlib.Path,
   display: Display,
-  sample: Callable[[Program, TextData], Sampler] | None = None,
+  sample: Callable[[Program, Any], Sampler] | None = None,
 ) -> Outcome:
   """Trains until the last step, or until a signal says to stop; goes on where an earlier run was.
 
@@ -133,7 +134,10 @@ def train(
       saver=saver,
       clock=Clock(data_spec.batch_size * data_spec.length),
       flops_per_token=training_flops(
-        experiment.model, experiment_weights(program), data_spec.length
+        experiment.model,
+        experiment_weights(program),
+        data_spec.length,
+        0 if data_spec.image_shape is None else data_spec.image_shape[0],
       ),
       peak_flops=peak * len(program.mesh.devices.flat),
       sample=None if sample is None else sample(program, data),

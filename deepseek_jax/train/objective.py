@@ -85,6 +85,8 @@ def batch_context(batch: Batch, rules: Rules, step: jax.Array | None = None) -> 
     tokens=batch.tokens,
     positions=batch.positions,
     segments=batch.segments,
+    images=batch.images,
+    placeholders=batch.placeholders,
     step=step,
     rules=rules,
   )

@@ -56,15 +56,18 @@ class Program:
   axes: Any
 
   def abstract_batch(self) -> Batch:
-    """Returns the shapes of a batch [B, T], with shardings."""
+    """Returns the shapes of a batch [B, T], and of its pictures, with shardings."""
     data = self.experiment.data
-    shape = (data.batch_size, data.length)
 
-    def leaf(dtype):
+    def leaf(dtype, *sizes):
+      shape = (data.batch_size, *(sizes or (data.length,)))
       return jax.ShapeDtypeStruct(shape, dtype, sharding=self.batch_sharding)
 
     ids = leaf(jnp.int32)
-    return Batch(ids, ids, leaf(jnp.float32), ids, ids, ids)
+    batch = Batch(ids, ids, leaf(jnp.float32), ids, ids, ids)
+    if data.image_shape is None:
+      return batch
+    return dataclasses.replace(batch, images=leaf(jnp.uint8, *data.image_shape), placeholders=ids)
 
 
 def build_program(experiment: Experiment, devices: list[jax.Device] | None = None) -> Program:

@@ -12,11 +12,15 @@ from deepseek_jax.models.cost import (
   Weight,
   active_parameters,
   forward_flops,
+  picture_flops,
   training_flops,
   weights_of,
 )
-from deepseek_jax.models.decoder import plan_segments
+from deepseek_jax.models.decoder import Family, plan_segments
+from deepseek_jax.models.encoder import encoder_segments
+from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.plan import Segment
+from deepseek_jax.models.remat import Remat
 from deepseek_jax.sharding.rules import shard_count
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program
@@ -33,6 +37,15 @@ def describe_plan(segments: Sequence[Segment]) -> str:
     rows.append((f'{start}–{start + part.layers - 1}', f'×{part.repeats}', kinds))
     start += part.layers
   return table(rows, ('layers', 'scan', 'blocks'))
+
+
+def describe_layers(model: Family, remat: Remat | None = None) -> str:
+  """Returns the plan of a model; that of its encoder comes first."""
+  plan = describe_plan(plan_segments(model, remat))
+  if not isinstance(model, Multimodal):
+    return plan
+  encoder = describe_plan(encoder_segments(model.image))
+  return f'encoder of pictures\n{encoder}\n\ndecoder\n{plan}'
 
 
 def describe_parameters(weights: Sequence[Weight]) -> str:
@@ -53,11 +66,15 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
   """Returns parameters, FLOPs a token, and tokens of the whole run."""
   model, data = experiment.model, experiment.data
   step_tokens = data.batch_size * data.length
-  forward = forward_flops(model, list(weights), data.length)
-  training = training_flops(model, list(weights), data.length)
+  pictures = 0 if data.image_shape is None else data.image_shape[0]
+  forward = forward_flops(model, list(weights), data.length, pictures)
+  training = training_flops(model, list(weights), data.length, pictures)
   rows = [
     ('parameters', si(sum(weight.size for weight in weights))),
     ('of them met by a token', si(active_parameters(list(weights)))),
+    *(
+      [('FLOPs of encoding a picture', si(picture_flops(model, list(weights))))] if pictures else []
+    ),
     ('forward FLOPs a token', si(forward)),
     ('training FLOPs a token', si(training)),
     ('tokens a step', f'{step_tokens:,} ({data.batch_size} rows of {data.length})'),
@@ -115,8 +132,14 @@ def describe_memory(program: Program, compile_step: bool) -> str:
 def describe_batch(batch: Batch) -> str:
   """Returns shapes, dtypes and the first numbers of a batch's [B, T] arrays."""
   rows = [
-    (name, str(tuple(value.shape)), str(value.dtype), ' '.join(map(str, value[0, :8].tolist())))
+    (
+      name,
+      str(tuple(value.shape)),
+      str(value.dtype),
+      ' '.join(map(str, value[0].reshape(-1)[:8].tolist())),
+    )
     for name, value in vars(batch).items()
+    if value is not None
   ]
   return table(rows, ('batch', 'shape', 'dtype', 'first row begins'))
 
@@ -130,10 +153,9 @@ def experiment_weights(program: Program) -> list[Weight]:
 def describe_program(program: Program) -> str:
   """Returns plan, parameters and cost of a run."""
   weights = experiment_weights(program)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
   return '\n\n'.join(
     (
-      describe_plan(segments),
+      describe_layers(program.experiment.model, program.experiment.remat),
       describe_parameters(weights),
       describe_cost(program.experiment, weights),
     )

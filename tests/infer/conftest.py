@@ -55,6 +55,12 @@ def random_variables(decoder):
 
 
 @pytest.fixture(scope='session')
+def draw_variables():
+  """The function above, for decoders that a test builds itself."""
+  return random_variables
+
+
+@pytest.fixture(scope='session')
 def make_model():
   """Builds (decoder, variables): one dense layer, then a mixture of more experts than tokens."""
 

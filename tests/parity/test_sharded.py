@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny_gated, tiny_mla, tiny_window
+from configs import tiny_caption, tiny_gated, tiny_mla, tiny_window
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.batch import Batch
@@ -44,17 +44,21 @@ LAYOUTS = {
   'tensor': (TENSOR, MeshConfig(data=2, model=4)),
   'expert': (EXPERT, MeshConfig(data=2, expert=4)),
 }
-KINDS = ('mla', 'window', 'gated')
+KINDS = ('mla', 'window', 'gated', 'caption')
 
 
 def experiment(kind: str, layout: str, microbatches: int = 1) -> Experiment:
   """MLA in the whole tiny model; the other kinds in two scanned expert layers, which is quicker."""
-  base = {'mla': tiny_mla, 'window': tiny_window, 'gated': tiny_gated}[kind].get_config()
+  configs = {'mla': tiny_mla, 'window': tiny_window, 'gated': tiny_gated, 'caption': tiny_caption}
+  base = configs[kind].get_config()
+  text = base.model.text if kind == 'caption' else base.model
   # Heavy enough for a wrong divisor of the balance loss to show.
-  sparse = dataclasses.replace(base.model.feed_forward, balance=SequenceBalance(weight=0.1))
-  model = dataclasses.replace(base.model, feed_forward=sparse)
+  sparse = dataclasses.replace(text.feed_forward, balance=SequenceBalance(weight=0.1))
+  model = dataclasses.replace(text, feed_forward=sparse)
   if kind != 'mla':
     model = dataclasses.replace(model, depth=2, dense_layers=0, mtp=None)
+  if kind == 'caption':
+    model = dataclasses.replace(base.model, text=model)
   rules, mesh = LAYOUTS[layout]
   return dataclasses.replace(
     base,
@@ -119,14 +123,29 @@ def packed(seed: int) -> Batch:
   )
 
 
+def pictured(seed: int) -> Batch:
+  """The rows of `packed`, some of them with a picture among the tokens."""
+  batch, generator = packed(seed), np.random.default_rng(seed + 100)
+  places = np.full((ROWS, LENGTH), -1, np.int32)
+  for row, begin in ((0, 1), (2, 14), (4, 0), (7, 20)):
+    places[row, begin : begin + 4] = range(4)
+  return dataclasses.replace(
+    batch,
+    weights=batch.weights * (places < 0),
+    images=generator.integers(0, 256, (ROWS, 1, 64, 64, 3), np.uint8),
+    placeholders=places,
+  )
+
+
 @functools.cache
 def two_steps(kind: str, layout: str, microbatches: int = 1) -> list[tuple[TrainState, dict]]:
   """State and metrics after each of two steps, on the host, and the first state's arrays."""
   made = program(kind, layout, microbatches)
   step = made.step.lower(made.abstract_state, made.abstract_batch()).compile(QUICK)
   state, results = start(made), []
+  batches = pictured if kind == 'caption' else packed
   for seed in (1, 2):
-    state, metrics = step(state, jax.device_put(packed(seed), made.batch_sharding))
+    state, metrics = step(state, jax.device_put(batches(seed), made.batch_sharding))
     check_pieces(state, made)
     results.append(jax.device_get((state, metrics)))
   return results

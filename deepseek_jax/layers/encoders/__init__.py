@@ -1,0 +1,1 @@
+"""What makes tokens of pictures, and what brings them to a decoder."""
