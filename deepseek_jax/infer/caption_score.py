@@ -52,9 +52,9 @@ def other_pictures(drawings: Sequence[str], seed: int = 0) -> np.ndarray:
   order = rng.permutation(len(names))
   # Variants stand side by side; a turn by the largest group brings none back among its own.
   order = order[np.argsort(names[order], kind='stable')]
-  shift = max(np.bincount(names).max(), len(names) // 2)
+  shift = max(int(np.bincount(names).max()), len(names) // 2)
   result = np.empty(len(names), np.int64)
-  result[order] = np.roll(order, int(shift))
+  result[order] = np.roll(order, shift)
   return result
 
 
