@@ -45,6 +45,10 @@ class Rows(Protocol):
   def targets(self) -> int:
     """Targets of all rows."""
 
+  @property
+  def titles(self) -> tuple[str, ...]:
+    """Name of each document, by document index."""
+
   def bits_per_byte(self, nats: float) -> float:
     """Bits per byte of text from the summed negative log-likelihood of all targets, in nats."""
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.packed_split import PackedSplit
+from deepseek_jax.data.batch import Rows
 from deepseek_jax.train.display import Display
 from deepseek_jax.train.guard import KINDS, NONFINITE_GRADIENT, NONFINITE_LOSS, OVERFLOW
 from deepseek_jax.train.metrics import JsonLines
@@ -28,7 +28,7 @@ class FaultLog:
     last: message of the newest fault, or None.
   """
 
-  def __init__(self, rows: JsonLines, split: PackedSplit, display: Display, stop_after: int | None):
+  def __init__(self, rows: JsonLines, split: Rows, display: Display, stop_after: int | None):
     """Remembers where to write.
 
     Args:
