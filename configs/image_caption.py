@@ -3,6 +3,10 @@
 Command:  python scripts/train.py --config=configs/image_caption.py --workdir=runs/captions
           python scripts/evaluate.py --workdir=runs/captions
 Hardware: 2 CPU cores, 2 GB of memory.
+Time:     about 11 minutes, from 1.5 s of processor time a step; not measured on a quiet machine.
+Result:   held-out captions need 1.90 nats a token with their own picture and 2.13 with another's;
+          keyword F1 0.32, where the best single caption has 0.24
+          (experiments/image_caption/README.md).
 """
 
 from deepseek_jax.data.captions import ImageCaptions

@@ -76,18 +76,14 @@ def main() -> None:
   cache = launch.cache_dir(CACHE_DIR.value)
   data = experiment.data.prepare(cache)
   name = f'{experiment.name}, step {step}'
+  params, buffers = place(params, state.params), place(buffers, state.buffers)
   if isinstance(data, CaptionData):
-    variables = {
-      'params': place(params, state.params),
-      'buffers': place(buffers, state.buffers),
-    }
+    variables = {'params': params, 'buffers': buffers}
     figures = measure_captions(program.decoder, variables, data)
     write_json(workdir.path / 'captions.json', {'step': step, **figures})
     print(caption_report(name, figures))
     return
-  result = evaluate(
-    program, place(params, state.params), place(buffers, state.buffers), data.heldout
-  )
+  result = evaluate(program, params, buffers, data.heldout)
   # They know nothing of prompts, which are given to the model and not counted.
   figures = yardsticks(data, cache) if YARDSTICKS.value and not data.heldout.prompted else {}
   if figures:

@@ -109,7 +109,9 @@ def measure_captions(decoder: Decoder, variables: Variables, data: CaptionData) 
     targets.append(batch.weights.sum(axis=1))
     texts += caption(decoder, variables, data.tokenizer, batch, data.config.slots)
   count = split.rows
-  right, wrong, tokens = (np.concatenate(x)[:count] for x in (own, shuffled, targets))
+  right, wrong, tokens = (
+    np.concatenate(x)[:count].astype(np.float64) for x in (own, shuffled, targets)
+  )
   true = [set(record['keywords']) for record in split.records]
   ours = keyword_f1(texts[:count], true)
   strangers = keyword_f1([texts[i] for i in others], true)

@@ -166,12 +166,12 @@ def check_pieces(state: TrainState, made: Program) -> None:
       assert {shard.data.shape for shard in array.addressable_shards} == {expected}, address
 
 
-def assert_same(found, expected, message: str) -> None:
+def assert_same(found, expected, message: str, tolerance: float = TOLERANCE) -> None:
   """Every array within the tolerance, relative to the largest entry of the array."""
   found, expected = flatten(found), flatten(expected)
   assert found.keys() == expected.keys()
   for address, array in expected.items():
-    limit = TOLERANCE * np.abs(array).max()
+    limit = tolerance * np.abs(array).max()
     assert limit > 0, f'{message}: {address} is all zero'
     difference = np.abs(found[address] - array).max()
     assert difference <= limit, f'{message}: {address} differs by {difference}, limit {limit}'
@@ -186,7 +186,8 @@ def assert_same_steps(found, expected) -> None:
       assert metrics[name] == pytest.approx(metrics_1[name], rel=TOLERANCE), f'{where}: {name}'
     moments, moments_1 = state.opt_state[1], state_1.opt_state[1]
     assert_same(moments.mu, moments_1.mu, f'{where}: mean gradient')
-    assert_same(moments.nu, moments_1.nu, f'{where}: mean squared gradient')
+    # The relative error of a square is twice that of the number.
+    assert_same(moments.nu, moments_1.nu, f'{where}: mean squared gradient', 2 * TOLERANCE)
     assert_same(state.params, state_1.params, f'{where}: parameters')
     # What the guard judges by is the same number everywhere, and so is its verdict.
     np.testing.assert_allclose(state.guard.mean, state_1.guard.mean, rtol=TOLERANCE)
