@@ -1,6 +1,7 @@
 """What every test stands on: eight host devices, asked for before JAX starts."""
 
 import atexit
+import gc
 import os
 import pathlib
 import shutil
@@ -18,7 +19,25 @@ atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)
 os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '2'
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
+
+MAPPINGS = 16_384
+"""A quarter of the regions of memory that Linux lets a process have."""
+
+
+@pytest.fixture(autouse=True)
+def release_programs():
+  """Lets go of compiled programs before they are too many.
+
+  Each loop of a program on CPU is code in regions of its own. Where there are no more to be had,
+  XLA does not say so: the process dies.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > MAPPINGS:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope='session')
