@@ -38,7 +38,6 @@ def main() -> None:
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.core.serialise import from_json
   from deepseek_jax.data.captions import CaptionData
-  from deepseek_jax.data.yardstick import yardsticks
   from deepseek_jax.infer.caption_score import measure_captions
   from deepseek_jax.train.checkpoint_reader import (
     read_params,
@@ -83,7 +82,14 @@ def main() -> None:
     write_json(workdir.path / 'captions.json', {'step': step, **figures})
     print(caption_report(name, figures))
     return
-  result = evaluate(program, params, buffers, data.heldout)
+  evaluate_text(name, evaluate(program, params, buffers, data.heldout), data, workdir, cache)
+
+
+def evaluate_text(name: str, result: Any, data: Any, workdir: Any, cache: pathlib.Path) -> None:
+  """Prints a model's figures on text beside what compressors and counting models reach."""
+  from deepseek_jax.data.yardstick import yardsticks
+  from deepseek_jax.train.workdir import write_json
+
   # They know nothing of prompts, which are given to the model and not counted.
   figures = yardsticks(data, cache) if YARDSTICKS.value and not data.heldout.prompted else {}
   if figures:
