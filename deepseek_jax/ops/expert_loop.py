@@ -77,6 +77,11 @@ def _read(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
   return lax.dynamic_slice_in_dim(array, start, size)
 
 
+def _gather(array: jax.Array, index: jax.Array) -> jax.Array:
+  """Picks rows that are known to exist: nothing is compared, nothing filled in."""
+  return array.at[index].get(mode='promise_in_bounds')
+
+
 def _write(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
   return lax.dynamic_update_slice_in_dim(array, block.astype(array.dtype), start, 0)
 
@@ -127,7 +132,7 @@ def _forward(x, weights, layout, gate, up, down, blocks):
 
     def block(start, size, carry):
       out, gates, ups = carry
-      tokens = x[_read(token, start, size)]
+      tokens = _gather(x, _read(token, start, size))
       g, u = (_product(tokens, w, (1, 0)).astype(x.dtype) for w in (w_gate, w_up))
       result = _product(swiglu(g, u), w_down, (1, 0)) * _read(weight, start, size)[:, None]
       return _write(out, result, start), _write(gates, g, start), _write(ups, u, start)
@@ -147,56 +152,92 @@ def _backward(blocks, saved, grad):
   token, weight, ends = _row_facts(weights, layout)
 
   def expert(e, carry):
-    grad_rows, grad_weight, *grads = carry
-    w_gate, w_up, w_down = (_pick(w, e) for w in (gate, up, down))
+    grad_rows, grad_weight, d_gate, d_up, d_down = carry
+    # Transposed once for all blocks of the expert: the products below then read rows in order. The
+    # barrier keeps the compiler from folding the transposition back into them.
+    both = jnp.concatenate([_pick(gate, e).T, _pick(up, e).T])
+    both, from_out = lax.optimization_barrier((both, _pick(down, e).T))
 
     def block(start, size, carry):
-      grad_rows, grad_weight, d_gate, d_up, d_down = carry
-      picked, factor = _read(token, start, size), _read(weight, start, size)[:, None]
-      own = (start + jnp.arange(size) < ends[e])[:, None]
-      tokens, back = x[picked], grad[picked]
-      hidden, pull = jax.vjp(swiglu, _read(gates, start, size), _read(ups, start, size))
-      # The gradient of a weight needs the row's unweighted result; h · (back downᵀ) is its product
-      # with `back`, without that result.
-      to_hidden = _product(back, w_down, (1, 1))
-      d_weight = jnp.sum(hidden.astype(jnp.float32) * to_hidden, axis=1)
-      d_g, d_u = pull(jnp.where(own, to_hidden * factor, 0).astype(x.dtype))
-      weighted = jnp.where(own, hidden.astype(jnp.float32) * factor, 0).astype(x.dtype)
-      d_tokens = _product(d_g, w_gate, (1, 1)) + _product(d_u, w_up, (1, 1))
+      grad_rows, grad_weight, d_both, d_down = carry
+      index = _read(token, start, size)
+      parts = _pull_block(
+        _gather(x, index),
+        _gather(grad, index),
+        _read(weight, start, size)[:, None],
+        (start + jnp.arange(size) < ends[e])[:, None],
+        (_read(gates, start, size), _read(ups, start, size)),
+        (both, from_out),
+      )
       return (
-        _write(grad_rows, d_tokens, start),
-        _write(grad_weight, d_weight, start),
-        d_gate + _product(tokens, d_g, (0, 0)),
-        d_up + _product(tokens, d_u, (0, 0)),
-        d_down + _product(weighted, back, (0, 0)),
+        _write(grad_rows, parts[0], start),
+        _write(grad_weight, parts[1], start),
+        d_both + parts[2],
+        d_down + parts[3],
       )
 
     # Sums over the blocks of an expert stay float32 until the last one is in.
-    sums = [jnp.zeros(w.shape, jnp.float32) for w in (w_gate, w_up, w_down)]
+    sums = (jnp.zeros(both.shape[::-1], jnp.float32), jnp.zeros(from_out.shape[::-1], jnp.float32))
     first = ends[e] - layout.sizes[e]
-    start = (grad_rows, grad_weight, *sums)
-    grad_rows, grad_weight, *sums = _each_block(blocks, first, ends[e], block, start)
-    grads = [
+    found = _each_block(blocks, first, ends[e], block, (grad_rows, grad_weight, *sums))
+    parts = zip((d_gate, d_up, d_down), (*jnp.split(found[2], 2, axis=1), found[3]), strict=True)
+    grads = (
       lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), e, 0)
-      for whole, part in zip(grads, sums, strict=True)
-    ]
-    return grad_rows, grad_weight, *grads
+      for whole, part in parts
+    )
+    return *found[:2], *grads
 
   rows = token.shape[0]
   empty = [jnp.zeros_like(w) for w in (gate, up, down)]
   start = (jnp.zeros((rows, x.shape[1]), x.dtype), jnp.zeros(rows, jnp.float32), *empty)
   grad_rows, grad_weight, *grads = lax.fori_loop(0, gate.shape[0], expert, start)
-  grad_weights = grad_weight[layout.row].astype(weights.dtype)
+  grad_weights = _gather(grad_weight, layout.row).astype(weights.dtype)
   return _sum_choices(grad_rows, layout), grad_weights, None, *grads
+
+
+def _pull_block(tokens, back, factor, own, saved, transposed):
+  """Gradients of the R rows of one block of an expert.
+
+  Args:
+    tokens: [R, D] inputs of the expert.
+    back: [R, D] gradients of the tokens that the rows belong to.
+    factor: [R, 1] weight of each row.
+    own: [R, 1] bool, False where a row is the next expert's.
+    saved: products of gate and up, each [R, F].
+    transposed: gate and up, one below the other [2F, D], and down [D, F].
+
+  Returns:
+    Gradients of the inputs [R, D], of the weights of the rows [R], of gate beside up [D, 2F] and of
+    down [F, D].
+  """
+  both, from_out = transposed
+  hidden, pull = jax.vjp(swiglu, *saved)
+  # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
+  # product with `back`, without that result.
+  to_hidden = _product(back, from_out, (1, 0))
+  d_weight = jnp.sum(hidden.astype(jnp.float32) * to_hidden, axis=1)
+  pulled = pull(jnp.where(own, to_hidden * factor, 0).astype(tokens.dtype))
+  # Gate and up side by side: one product of twice the size where there were two.
+  d_both = jnp.concatenate(pulled, axis=1)
+  weighted = jnp.where(own, hidden.astype(jnp.float32) * factor, 0).astype(tokens.dtype)
+  return (
+    _product(d_both, both, (1, 0)),
+    d_weight,
+    _product(tokens, d_both, (0, 0)),
+    _product(weighted, back, (0, 0)),
+  )
 
 
 def _sum_choices(rows: jax.Array, layout: Layout) -> jax.Array:
   """Sums the K rows of each token, in float32: the order of the experts must not show.
 
-  A gather, forward and backward: XLA's scatter is slow.
+  Gathers, forward and backward, one for each choice: XLA's scatter is slow, and so is its sum over
+  an axis in the middle.
   """
-  picked = jnp.take(rows, layout.row, axis=0)
-  return jnp.sum(picked, axis=1, dtype=jnp.float32).astype(rows.dtype)
+  total = jnp.float32(0)
+  for choice in range(layout.row.shape[1]):
+    total += _gather(rows, layout.row[:, choice]).astype(jnp.float32)
+  return total.astype(rows.dtype)
 
 
 loop_over_experts.defvjp(_forward, _backward)
