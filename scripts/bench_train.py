@@ -21,7 +21,8 @@ from typing import Any
 from absl import app, flags
 
 START = time.perf_counter()
-ROUNDS = flags.DEFINE_integer('rounds', 7, 'rounds that count; one before them does not')
+ROUNDS = flags.DEFINE_integer('rounds', 7, 'rounds that count')
+WARMUP = flags.DEFINE_integer('warmup', 5, 'rounds before them: allocators take as long to settle')
 TORCH_PYTHON = flags.DEFINE_string('torch_python', None, 'interpreter with torch, transformers')
 PEERS = flags.DEFINE_list('peers', ['float32/grouped_mm'], 'precision/experts of each peer')
 PRECISION = flags.DEFINE_enum('precision', 'fastest', ['fastest', 'float32', 'bfloat16'], 'ours')
@@ -52,8 +53,8 @@ class Contestant:
     self.rows.append(self._answer('step'))
 
   def seconds(self) -> list[float]:
-    """Returns the seconds of every step but the first."""
-    return [row[0] for row in self.rows[1:]]
+    """Returns the seconds of every step that counts."""
+    return [row[0] for row in self.rows[WARMUP.value :]]
 
   def close(self) -> None:
     """Ends the process."""
@@ -84,11 +85,11 @@ def main(argv: list[str]) -> None:
       file = str(ROOT / 'scripts/bench_train_torch.py')
       command = [TORCH_PYTHON.value, file, *peer.split('/'), str(os.cpu_count())]
       contestants[f'transformers {peer}'] = Contestant(command)
-  for number in range(ROUNDS.value + 1):
+  for number in range(WARMUP.value + ROUNDS.value):
     for contestant in contestants.values():
       contestant.step()
     rates = (f'{name} {c.rows[-1][0]:.2f} s' for name, c in contestants.items())
-    print(f'round {number}: ' + ', '.join(rates), flush=True)
+    print(f'round {number - WARMUP.value + 1}: ' + ', '.join(rates), flush=True)
   report(contestants, precision)
   for contestant in contestants.values():
     contestant.close()
@@ -104,14 +105,17 @@ def report(contestants: dict[str, Contestant], precision: str) -> None:
   parameters, import_seconds, compile_seconds = ours.facts
   first = compile_seconds + ours.rows[0][0]
   print(f'\n{parameters:,.0f} parameters, {tokens} tokens a step, ours in {precision}')
-  print(f'{"":<34} tokens/s (quartiles)   ours / it   peak memory')
+  print(f'{"":<34} tokens/s (quartiles)   best   ours / it   peak memory')
   mine = ours.seconds()
   for name, contestant in contestants.items():
     spent = contestant.seconds()
     low, middle, high = (tokens / s for s in reversed(statistics.quantiles(spent, n=4)))
     ratio = statistics.median(other / own for own, other in zip(mine, spent, strict=True))
     memory = f'{contestant.rows[-1][2] / 1e9:.1f} GB' if name != 'roof' else ''
-    print(f'{name:<34} {middle:6.0f} ({low:.0f} to {high:.0f})     {ratio:6.2f}       {memory}')
+    best = tokens / min(spent)
+    print(
+      f'{name:<34} {middle:6.0f} ({low:.0f} to {high:.0f})  {best:8.0f} {ratio:8.2f}       {memory}'
+    )
   best_roof = roof.rows[-1][1]
   print(
     f'roof of best times of each product: {tokens / best_roof:.0f} tokens/s; our median reaches '
