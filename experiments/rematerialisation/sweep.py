@@ -61,11 +61,6 @@ def main() -> None:
   parser.add_argument('--output', type=pathlib.Path, required=True)
   options = parser.parse_args()
 
-  def write(row: dict[str, Any]) -> None:
-    print(json.dumps(row), flush=True)
-    with options.output.open('a', encoding='utf-8') as file:
-      file.write(json.dumps(row) + '\n')
-
   programs = {
     name: build_program(experiment(DEPTH, remat, ROWS, steps=options.steps))
     for name, remat in KINDS.items()
@@ -75,21 +70,20 @@ def main() -> None:
   gradients |= {block: make_gradients(some, Compressed(block=block)) for block in BLOCKS}
   done = set()
   if options.output.exists():
-    rows = [json.loads(line) for line in options.output.read_text(encoding='utf-8').splitlines()]
-    done = {(row['kind'], row['seed']) for row in rows if row['what'] == 'loss'}
+    lines = options.output.read_text(encoding='utf-8').splitlines()
+    done = {row['seed'] for row in map(json.loads, lines) if row['what'] == 'gradient'}
   for seed in range(options.seeds):
-    if ('compressed', seed) in done:
+    if seed in done:
       continue
+    rows = []
     for name, program in programs.items():
-      # Remembering everything gives the losses of EveryLayer bit for bit: once is enough.
-      if (name, seed) in done or (name == 'none' and seed > 0):
-        continue
       chosen = dataclasses.replace(program.experiment.data, shuffle_seed=seed)
       data = chosen.prepare(options.cache_dir)
       state, loss = train(program, data, seed)
       held_out = evaluate(program, state.params, state.buffers, data.heldout, 48)
       row = {'what': 'loss', 'kind': name, 'seed': seed, 'steps': options.steps}
-      write({**row, 'train_loss': loss, 'bits_per_byte': held_out.bits_per_byte})
+      rows.append({**row, 'train_loss': loss, 'bits_per_byte': held_out.bits_per_byte})
+      print(json.dumps(rows[-1]), flush=True)
     batches = data.train_batches(options.steps)
     parts = [jax.device_put(next(batches), program.batch_sharding) for _ in range(BATCHES)]
     # Each batch of its own: a sum over batches would hide what differs in sign.
@@ -100,7 +94,12 @@ def main() -> None:
     for block in BLOCKS:
       errors = [compare(got, want) for got, want in zip(found[block], found[None], strict=True)]
       error, cosine = np.mean(errors, axis=0).tolist()
-      write({'what': 'gradient', 'block': block, 'seed': seed, 'error': error, 'cosine': cosine})
+      rows.append(
+        {'what': 'gradient', 'block': block, 'seed': seed, 'error': error, 'cosine': cosine}
+      )
+    # A seed is written whole or not at all: a killed sweep begins with the first one missing.
+    with options.output.open('a', encoding='utf-8') as file:
+      file.writelines(json.dumps(row) + '\n' for row in rows)
 
 
 if __name__ == '__main__':
