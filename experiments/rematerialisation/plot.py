@@ -114,19 +114,24 @@ def ratio_table(head: list[str], rows: Rows, ratio: str) -> str:
 
 
 def losses(rows: Rows) -> str:
-  """Returns the differences that compression makes, seed by seed."""
-  pairs: dict[int, dict[str, dict[str, Any]]] = {}
+  """Returns what compression changes, seed by seed, beside what float32 rounding alone changes."""
+  seeds: dict[int, dict[str, dict[str, Any]]] = {}
   for row in rows:
-    pairs.setdefault(row['seed'], {})[row['kind']] = row
+    seeds.setdefault(row['seed'], {})[row['kind']] = row
   lines = []
   for key in ('train_loss', 'bits_per_byte'):
-    exact = [both['every_layer'][key] for both in pairs.values()]
-    gaps = [both['compressed'][key] - both['every_layer'][key] for both in pairs.values()]
-    each = [f'{gap:+.4f}' for gap in gaps]
-    mean = f'{np.mean(gaps):+.4f} ± {np.std(gaps, ddof=1):.4f}'
-    level = f'{np.mean(exact):.4f} ± {np.std(exact, ddof=1):.4f}'
-    lines.append([key, level, mean, *each])
-  return table(['', 'exact', 'compressed less exact', *map(str, pairs)], lines)
+    exact = [kinds['every_layer'][key] for kinds in seeds.values()]
+    lines.append([f'{key}, EveryLayer', plus_minus(exact, ''), *(f'{x:.4f}' for x in exact)])
+    for kind in ('none', 'compressed'):
+      gaps = [kinds[kind][key] - kinds['every_layer'][key] for kinds in seeds.values()]
+      label = f'{NAMES[kind]} less EveryLayer'
+      lines.append([label, plus_minus(gaps, '+'), *(f'{gap:+.4f}' for gap in gaps)])
+  return table(['', 'mean ± deviation of seeds', *(f'seed {seed}' for seed in seeds)], lines)
+
+
+def plus_minus(values: list[float], sign: str) -> str:
+  """Returns mean ± standard deviation."""
+  return f'{np.mean(values):{sign}.4f} ± {np.std(values, ddof=1):.4f}'
 
 
 def main() -> None:
@@ -152,8 +157,18 @@ def main() -> None:
   head = ['variant', 'reserved, MiB', 'speed', 'middle half']
   print(ratio_table(head, of('accumulation'), 'speed_ratio'))
   print(losses(of('loss')))
-  for row in of('gradient'):
-    print(f'block {row["block"]}, seed {row["seed"]}: error {row["error"]:.4f}')
+  blocks = sorted({row['block'] for row in of('gradient')})
+  lines = [
+    [
+      str(block),
+      *(
+        plus_minus([r[key] for r in of('gradient') if r['block'] == block], '')
+        for key in ('error', 'cosine')
+      ),
+    ]
+    for block in blocks
+  ]
+  print(table(['block', 'relative error of gradients', 'cosine'], lines))
 
 
 if __name__ == '__main__':
