@@ -23,9 +23,40 @@ def load_config(path: str | Path, function: str = 'get_config') -> Any:
       what it returns is no dataclass.
   """
   file = _find(Path(path))
-  module = _execute(file)
-  get_config = getattr(module, function, None)
-  if not callable(get_config):
+  config = call_function(load_module(file), function, file)
+  if not dataclasses.is_dataclass(config) or isinstance(config, type):
+    raise ConfigError(f'`{function}` in {file} returns {config!r}, which is not a config')
+  return config
+
+
+def load_module(file: Path, name: str | None = None) -> ModuleType:
+  """Runs a Python file and returns it as a module.
+
+  Args:
+    file: the file.
+    name: of the module; None makes one up that belongs to this file alone.
+
+  Raises:
+    ConfigError: there is no such file, or it fails (with the line where it does).
+  """
+  if not file.is_file():
+    raise ConfigError(f'there is no file {file}')
+  return _execute(file, name or _module_name(file))
+
+
+def call_function(module: ModuleType, function: str, file: Path) -> Any:
+  """Calls a function of a module that `load_module` returned.
+
+  Args:
+    module: the module.
+    function: name of a function without arguments.
+    file: where the module is from.
+
+  Raises:
+    ConfigError: there is no such function, or it fails (with the line where it does).
+  """
+  found = getattr(module, function, None)
+  if not callable(found):
     names = [
       name
       for name, value in vars(module).items()
@@ -33,10 +64,7 @@ def load_config(path: str | Path, function: str = 'get_config') -> Any:
     ]
     has = f'; it has {", ".join(names)}' if names else ''
     raise ConfigError(f'{file} has no function `{function}`{did_you_mean(function, names) or has}')
-  config = _call(get_config, file)
-  if not dataclasses.is_dataclass(config) or isinstance(config, type):
-    raise ConfigError(f'`{function}` in {file} returns {config!r}, which is not a config')
-  return config
+  return _call(found, file)
 
 
 def _find(path: Path) -> Path:
@@ -60,8 +88,7 @@ def _find(path: Path) -> Path:
   raise ConfigError(f'there is no config file {path}{near}')
 
 
-def _execute(file: Path) -> ModuleType:
-  name = _module_name(file)
+def _execute(file: Path, name: str) -> ModuleType:
   spec = importlib.util.spec_from_file_location(name, file)
   if spec is None or spec.loader is None:
     raise ConfigError(f'{file} is not a Python file')
