@@ -18,12 +18,12 @@ class Summary(NamedTuple):
   Attributes:
     mean: over the seeds.
     error: standard error of the mean, NaN for a single seed.
-    count: of seeds.
+    seeds: how many.
   """
 
   mean: float
   error: float
-  count: int
+  seeds: int
 
 
 def summarise(values: Sequence[float]) -> Summary:
