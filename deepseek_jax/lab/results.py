@@ -1,0 +1,301 @@
+"""What a sweep found: every run's figures and curves in one JSON file that can be committed.
+
+`results.json` is all that tables, pictures and pages are made of:
+
+  question, version, baseline, match, precision, platform   as in `sweep.json`
+  figure        what decides: 'bits_per_byte' where all runs have it, else 'loss'; held out
+  variants      name → of each, in order:
+    changes       where it differs from the sweep's base
+    values        dotted path → value as Python
+    train_steps   of its runs
+    asked_steps   what its config asked for before steps were matched
+    parameters    of the model
+    active        parameters that a token is multiplied with
+    flops         training FLOPs of a whole run
+    runs          seed → {status, step, reason, figures, curve, held_out}
+
+A run's status is `finished`, `diverged`, `failed` or `unfinished`. `figures` are numbers of the
+last evaluation and of the last twentieth of training; `curve` and `held_out` are columns.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+import deepseek_jax
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.lab.sweep_file import Plan, Planned, Trial, read_plan, status_of, trials_of
+from deepseek_jax.models.cost import active_parameters, training_flops
+from deepseek_jax.train.faults import SkippedStepsError
+from deepseek_jax.train.history import History, column, layer_column, read_history, smooth
+from deepseek_jax.train.step import build_program
+from deepseek_jax.train.summary import experiment_weights
+
+NAME = 'results.json'
+POINTS = 120
+"""Most points that a curve keeps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One seed of a variant.
+
+  Attributes:
+    status: 'finished', 'diverged', 'failed' or 'unfinished'.
+    step: the last that was logged.
+    reason: of a failure or a stop, or None.
+    figures: name → number; empty where it did not finish.
+    curve: columns `step` and `loss` of training, smoothed and thinned.
+    held_out: columns `step` and the deciding figure of the evaluations.
+  """
+
+  status: str
+  step: int
+  reason: str | None
+  figures: Mapping[str, float]
+  curve: Mapping[str, list[float]]
+  held_out: Mapping[str, list[float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VariantResult:
+  """A variant and its runs; see the head of the file.
+
+  Attributes:
+    changes: where it differs from the sweep's base.
+    values: dotted path → value as Python.
+    train_steps: of its runs.
+    asked_steps: what its config asked for before steps were matched.
+    parameters: of the model.
+    active: parameters that a token is multiplied with.
+    flops: training FLOPs of a whole run.
+    runs: by seed.
+  """
+
+  changes: tuple[str, ...]
+  values: Mapping[str, str]
+  train_steps: int
+  asked_steps: int
+  parameters: int
+  active: int
+  flops: float
+  runs: Mapping[int, Run]
+
+  def finished(self, figure: str) -> dict[int, float]:
+    """Returns the figure of every finished run that has it, by seed."""
+    return {
+      seed: run.figures[figure]
+      for seed, run in self.runs.items()
+      if run.status == 'finished' and figure in run.figures
+    }
+
+  def count(self, status: str) -> int:
+    """Returns how many runs ended so."""
+    return sum(run.status == status for run in self.runs.values())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Results:
+  """A whole sweep; see the head of the file.
+
+  Attributes:
+    question: name of the experiment's folder.
+    version: of deepseek_jax that ran it.
+    baseline: the variant that others are compared with.
+    match: how steps were made to compare, or None.
+    precision: that was measured to be the fastest, or None.
+    platform: of the devices.
+    figure: what decides.
+    variants: by name, in order.
+  """
+
+  question: str
+  version: str
+  baseline: str
+  match: str | None
+  precision: str | None
+  platform: str
+  figure: str
+  variants: Mapping[str, VariantResult]
+
+
+def collect(folder: pathlib.Path) -> Results:
+  """Reads the runs of a sweep, as far as they are.
+
+  Args:
+    folder: of the sweep.
+
+  Raises:
+    ConfigError: there is no sweep, it is of another version, or no run has logged anything.
+  """
+  plan = read_plan(folder)
+  if plan is None:
+    raise ConfigError(f'{folder}: no sweep here (there is no sweep.json)')
+  trials = trials_of(plan, folder, plan.seeds)
+  histories = {
+    trial: read_history(trial.workdir.path)
+    for trial in trials
+    if (trial.workdir.path / 'metrics.jsonl').exists()
+  }
+  if not histories:
+    raise ConfigError(f'{folder}: no run of this sweep has logged a step yet')
+  figure = _deciding_figure(histories)
+  return Results(
+    question=plan.question,
+    version=plan.version,
+    baseline=plan.baseline,
+    match=plan.match,
+    precision=plan.precision,
+    platform=plan.platform,
+    figure=figure,
+    variants={
+      planned.name: _variant(
+        planned, plan, {t: histories.get(t) for t in trials if t.variant == planned.name}, figure
+      )
+      for planned in plan.variants
+    },
+  )
+
+
+def _deciding_figure(histories: Mapping[Trial, History]) -> str:
+  # Nats of two tokenizers do not compare; bits of a byte do.
+  evaluated = [history.evaluations for history in histories.values() if history.evaluations]
+  with_bits = all('bits_per_byte' in rows[-1] for rows in evaluated)
+  return 'bits_per_byte' if with_bits else 'loss'
+
+
+def _variant(
+  planned: Planned, plan: Plan, runs: Mapping[Trial, History | None], figure: str
+) -> VariantResult:
+  experiment = planned.experiment
+  weights = experiment_weights(build_program(experiment, jax.devices()[:1]))
+  data = experiment.data
+  per_token = training_flops(experiment.model, weights, data.length)
+  steps = experiment.train_steps
+  matched = planned.matched
+  return VariantResult(
+    changes=planned.changes,
+    values=planned.values,
+    train_steps=steps,
+    asked_steps=steps if matched is None else matched.asked_steps,
+    parameters=sum(weight.size for weight in weights),
+    active=active_parameters(weights),
+    flops=per_token * data.batch_size * data.length * steps,
+    runs={trial.seed: _run(trial, history, figure) for trial, history in runs.items()},
+  )
+
+
+def _run(trial: Trial, history: History | None, figure: str) -> Run:
+  status = status_of(trial)
+  if history is None:
+    return Run(
+      status='failed' if status.kind == 'failed' else 'unfinished',
+      step=status.step,
+      reason=status.reason,
+      figures={},
+      curve={},
+      held_out={},
+    )
+  kind: str = status.kind if status.kind in ('finished', 'failed') else 'unfinished'
+  reason = status.reason
+  figures = _figures(history) if kind == 'finished' else {}
+  fault = _divergence(history, status.reason, figures if kind == 'finished' else None, figure)
+  if fault is not None:
+    kind, reason = 'diverged', fault
+  steps, losses = column(history.rows, 'step'), column(history.rows, 'loss')
+  return Run(
+    status=kind,
+    step=status.step,
+    reason=reason,
+    figures=figures if kind == 'finished' else {},
+    curve=_thin(steps, smooth(losses, max(len(losses) // 20, 1) | 1)),
+    held_out=_thin(column(history.evaluations, 'step'), column(history.evaluations, figure)),
+  )
+
+
+def _divergence(
+  history: History, reason: str | None, figures: Mapping[str, float] | None, figure: str
+) -> str | None:
+  """Says why a run's figures mean nothing, or returns None where they mean something."""
+  losses = column(history.rows, 'loss')
+  if losses.size and not np.isfinite(losses[-1]):
+    return f'the loss of step {history.step} is not finite'
+  if (reason or '').startswith(SkippedStepsError.__name__):
+    return 'the guard skipped too many steps in a row'
+  if figures is not None and figure not in figures:
+    return 'its held-out loss is not finite'
+  if losses.size > 20 and np.nanmean(losses[-len(losses) // 20 :]) >= losses[0]:
+    return 'its loss is no lower than at its first step'
+  return None
+
+
+def _figures(history: History) -> dict[str, float]:
+  """Numbers of the last evaluation, and means of the last twentieth of training."""
+  found: dict[str, float] = {}
+  if history.evaluations:
+    last = history.evaluations[-1]
+    found |= {key: last[key] for key in ('loss', 'bits_per_byte', 'mtp_loss') if key in last}
+  rows = history.rows
+  for name, values in (
+    ('train_loss', column(rows, 'loss')),
+    ('train_mtp_loss', column(rows, 'mtp_loss')),
+    ('max_violation', layer_column(rows, 'max_violation')),
+    ('dead_experts', layer_column(rows, 'dead_fraction')),
+    ('load_entropy', layer_column(rows, 'load_entropy', np.min)),
+  ):
+    known = values[np.isfinite(values)]
+    if known.size:
+      found[name] = float(known[-max(known.size // 20, 1) :].mean())
+  speeds = column(rows, 'tokens_per_second')
+  if np.isfinite(speeds).any():
+    found['tokens_per_second'] = float(np.nanmedian(speeds))
+  return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def _thin(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
+  known = np.isfinite(x) & np.isfinite(y)
+  x, y = x[known], y[known]
+  picks = np.unique(np.linspace(0, len(x) - 1, min(POINTS, len(x))).astype(int))
+  return {'step': [int(v) for v in x[picks]], 'value': [round(float(v), 5) for v in y[picks]]}
+
+
+def write_results(path: pathlib.Path, results: Results) -> None:
+  """Writes `results.json`."""
+  data = dataclasses.asdict(results)
+  path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+
+
+def read_results(path: pathlib.Path) -> Results:
+  """Reads `results.json`.
+
+  Raises:
+    ConfigError: it is not there, was not written by `write_results`, or is of another version.
+  """
+  try:
+    data = json.loads(path.read_text(encoding='utf-8'))
+    version = data['version']
+    variants = {name: _decode(variant) for name, variant in data.pop('variants').items()}
+    results = Results(**data, variants=variants)
+  except OSError as error:
+    raise ConfigError(f'{path}: {error.strerror}') from error
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConfigError(f'{path}: no results: {type(error).__name__}: {error}') from error
+  # A patch release keeps results; the first two numbers say that figures may have changed.
+  if version.split('.')[:2] != deepseek_jax.__version__.split('.')[:2]:
+    raise ConfigError(
+      f'{path}: results of deepseek_jax {version}, this is {deepseek_jax.__version__}; '
+      'figures of two versions do not compare: run the sweep again'
+    )
+  return results
+
+
+def _decode(data: dict[str, Any]) -> VariantResult:
+  runs = {int(seed): Run(**run) for seed, run in data.pop('runs').items()}
+  data['changes'] = tuple(data['changes'])
+  return VariantResult(**data, runs=runs)

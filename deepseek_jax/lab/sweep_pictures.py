@@ -1,0 +1,175 @@
+"""Pictures of a sweep, fit for a paper: curves, differences with intervals, scaling."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from deepseek_jax.core.describe import si
+from deepseek_jax.lab.results import Results, VariantResult
+from deepseek_jax.lab.statistics import CONFIDENCE, fit_power_law, scaling_band
+from deepseek_jax.lab.verdict import FIGURES, compare
+
+# The palette of Okabe and Ito: told apart with any colour vision.
+COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888')
+BEYOND = 10
+"""How far beyond the largest run a scaling curve is drawn, in compute."""
+
+
+def figure_of(width: float = 6.4, height: float = 3.9) -> tuple[Figure, Axes]:
+  """Returns an empty picture that no global state knows of."""
+  figure = Figure(figsize=(width, height), layout='constrained')
+  axes = figure.subplots()
+  axes.spines[['top', 'right']].set_visible(False)
+  return figure, axes
+
+
+def draw_curves(results: Results) -> Figure:
+  """Draws training loss against FLOPs: the mean of the seeds, and the range of them.
+
+  Runs that diverged are drawn too, dotted and each by itself.
+  """
+  figure, axes = figure_of()
+  for number, (name, variant) in enumerate(results.variants.items()):
+    colour = COLOURS[number % len(COLOURS)]
+    per_step = variant.flops / variant.train_steps
+    good = [run.curve for run in variant.runs.values() if run.status == 'finished']
+    if good:
+      grid = np.linspace(max(c['step'][0] for c in good), min(c['step'][-1] for c in good), 200)
+      values = np.stack([np.interp(grid, c['step'], c['value']) for c in good])
+      axes.plot(grid * per_step, values.mean(axis=0), color=colour, label=name, lw=1.4)
+      if len(values) > 1:
+        low, high = values.min(axis=0), values.max(axis=0)
+        axes.fill_between(grid * per_step, low, high, color=colour, alpha=0.2, lw=0)
+    for run in variant.runs.values():
+      if run.status == 'diverged' and run.curve['step']:
+        steps = np.asarray(run.curve['step']) * per_step
+        label = f'{name}, diverged'
+        axes.plot(steps, run.curve['value'], color=colour, ls=':', lw=1, label=label)
+  axes.set_xlabel('training FLOPs')
+  axes.set_ylabel('training loss, nats a token')
+  _zoom(axes, results)
+  axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def _zoom(axes: Axes, results: Results) -> None:
+  """Shows the latter nine tenths of training: the first steps would flatten the rest."""
+  curves = [
+    run.curve['value'][len(run.curve['value']) // 10 :]
+    for variant in results.variants.values()
+    for run in variant.runs.values()
+    if run.status == 'finished'
+  ]
+  if curves:
+    low, high = min(map(min, curves)), max(map(max, curves))
+    axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def draw_differences(results: Results, figure_name: str | None = None) -> Figure:
+  """Draws each variant's difference from the baseline: every seed, the mean, the interval."""
+  name = figure_name or results.figure
+  compared = [c for c in compare(results, name) if c.difference and c.difference.pairs]
+  figure, axes = figure_of(height=1.2 + 0.45 * max(len(compared), 1))
+  baseline = results.variants[results.baseline].finished(name)
+  for at, one in enumerate(reversed(compared)):
+    difference = one.difference
+    assert difference is not None
+    colour = COLOURS[0] if difference.known else '#888888'
+    values = results.variants[one.name].finished(name)
+    points = [values[seed] - baseline[seed] for seed in values if seed in baseline]
+    axes.plot(points, [at] * len(points), 'o', color=colour, ms=3.5, alpha=0.5)
+    if difference.pairs > 1:
+      axes.plot([difference.low, difference.high], [at, at], color=colour, lw=1.6)
+    axes.plot(difference.mean, at, 'D', color=colour, ms=6)
+  axes.axvline(0, color='#222222', lw=0.8)
+  axes.set_yticks(range(len(compared)), [one.name for one in reversed(compared)])
+  axes.set_ylim(-0.6, len(compared) - 0.4)
+  axes.set_xlabel(
+    f'{FIGURES[name]}, less {results.baseline}\n'
+    f'points: seeds; bar: {CONFIDENCE:.0%} interval; grey: not distinguishable',
+    fontsize=9,
+  )
+  return figure
+
+
+def draw_scaling(results: Results, dial: Callable[[VariantResult], str] | None = None) -> Figure:
+  """Draws the deciding figure against training FLOPs, with the fitted law beyond the largest run.
+
+  Args:
+    results: of sizes, each with its own compute.
+    dial: which family of sizes a variant belongs to; all are one family by default. Each family of
+      two sizes or more gets a curve.
+  """
+  figure, axes = figure_of()
+  families: dict[str, list[VariantResult]] = {}
+  for variant in results.variants.values():
+    if variant.finished(results.figure):
+      families.setdefault('' if dial is None else dial(variant), []).append(variant)
+  for number, (label, members) in enumerate(families.items()):
+    colour = COLOURS[number % len(COLOURS)]
+    points = [(v.flops, y) for v in members for y in v.finished(results.figure).values()]
+    compute, loss = (np.array(column) for column in zip(*points, strict=True))
+    axes.plot(compute, loss, 'o', color=colour, ms=4, label=label or None)
+    _draw_law(axes, compute, loss, colour)
+  axes.set_xscale('log')
+  axes.set_xlabel('training FLOPs')
+  axes.set_ylabel(FIGURES[results.figure])
+  if any(families):
+    axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def _draw_law(axes: Axes, compute: np.ndarray, loss: np.ndarray, colour: str) -> None:
+  sizes = np.unique(compute)
+  if len(sizes) < 2:
+    return
+  law = fit_power_law(compute, loss)
+  inside = np.geomspace(sizes[0], sizes[-1], 60)
+  beyond = np.geomspace(sizes[-1], sizes[-1] * BEYOND, 40)
+  axes.plot(inside, law(inside), color=colour, lw=1.2)
+  axes.plot(beyond, law(beyond), color=colour, lw=1.2, ls='--')
+  if min(np.sum(compute == size) for size in sizes) > 1:
+    at = np.concatenate([inside, beyond])
+    band = scaling_band(compute, loss, at)
+    axes.fill_between(at, band.low, band.high, color=colour, alpha=0.15, lw=0)
+  text = f'∝ FLOPs^{-law.exponent:.3f}' + (f' + {law.floor:.2f}' if law.floor else '')
+  axes.annotate(text, (beyond[-1], law(beyond[-1])), fontsize=8, color=colour, ha='right')
+
+
+def is_ladder(results: Results) -> bool:
+  """Returns whether variants differ twofold or more in compute: then a scaling curve says more."""
+  flops = [v.flops for v in results.variants.values() if v.finished(results.figure)]
+  return len(flops) > 1 and max(flops) >= 2 * min(flops)
+
+
+def pictures(results: Results) -> Mapping[str, Figure]:
+  """Returns name → picture of all that the results have."""
+  found = {'curves': draw_curves(results)}
+  if any(one.difference and one.difference.pairs for one in compare(results)):
+    found['differences'] = draw_differences(results)
+  if is_ladder(results):
+    found['scaling'] = draw_scaling(results)
+  return found
+
+
+def write_pictures(folder: pathlib.Path, results: Results) -> list[pathlib.Path]:
+  """Writes every picture as SVG and PNG; returns the files."""
+  files = []
+  for name, figure in pictures(results).items():
+    for ending in ('svg', 'png'):
+      path = folder / f'{name}.{ending}'
+      # Without a date two runs on equal results write equal files.
+      metadata = {'Date': None} if ending == 'svg' else {}
+      figure.savefig(path, dpi=150, metadata=metadata)
+      files.append(path)
+  return files
+
+
+def describe_compute(results: Results) -> str:
+  """Returns the range of training FLOPs in words."""
+  flops = [variant.flops for variant in results.variants.values()]
+  low, high = min(flops), max(flops)
+  return si(low) if high < 1.01 * low else f'{si(low)} to {si(high)}'
