@@ -48,7 +48,7 @@ def main() -> None:
     source = pathlib.Path(RESULTS.value)
     results, folder = read_results(source), source.parent
   else:
-    folder = pathlib.Path(SWEEP.value)
+    folder = pathlib.Path(str(SWEEP.value))
     results = collect(folder)
   out = pathlib.Path(OUT.value) if OUT.value else folder
   out.mkdir(parents=True, exist_ok=True)

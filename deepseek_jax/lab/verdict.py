@@ -115,18 +115,26 @@ HEADERS = ('variant', 'steps', 'parameters', 'met by a token', 'FLOPs', 'mean ±
 
 def rows(results: Results, figure: str | None = None) -> list[tuple[str, ...]]:
   """Returns the cells of the table, one row a variant, under `headers`."""
-  lines = []
+  lines: list[tuple[str, ...]] = []
   for compared in compare(results, figure):
     variant = results.variants[compared.name]
     steps = f'{variant.train_steps:,}'
     if variant.asked_steps != variant.train_steps:
       steps += f' (from {variant.asked_steps:,})'
     summary, difference = compared.summary, compared.difference
-    lines.append((
-      compared.name, steps, si(variant.parameters), si(variant.active), f'{variant.flops:.3g}',
-      '—' if summary is None else _with_error(summary), '0' if summary is None else str(summary.seeds),
-      '' if difference is None else _interval(difference), compared.verdict,
-    ))  # fmt: skip
+    lines.append(
+      (
+        compared.name,
+        steps,
+        si(variant.parameters),
+        si(variant.active),
+        f'{variant.flops:.3g}',
+        '—' if summary is None else _with_error(summary),
+        '0' if summary is None else str(summary.seeds),
+        '' if difference is None else _interval(difference),
+        compared.verdict,
+      )
+    )
   return lines
 
 

@@ -1,0 +1,137 @@
+"""What is said of a sweep: sure differences, unsure ones, too few seeds, runs that went wrong."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from deepseek_jax.lab.results import Results, Run, VariantResult, read_results, write_results
+from deepseek_jax.lab.sweep_page import sentences, sweep_page
+from deepseek_jax.lab.sweep_pictures import is_ladder, pictures, write_pictures
+from deepseek_jax.lab.verdict import compare, headers, markdown, rows
+
+NOISE = np.random.default_rng(5).normal(0, 0.05, 8)
+
+
+def a_run(value: float | None, status: str = 'finished') -> Run:
+  good = status == 'finished'
+  steps = list(range(1, 101))
+  return Run(
+    status=status,
+    step=100,
+    reason=None if good else 'SkippedStepsError: 20 in a row',
+    figures={'bits_per_byte': value, 'loss': 2 * value} if good and value else {},
+    curve={'step': steps, 'value': [5 / step**0.5 for step in steps]},
+    held_out={'step': [100], 'value': [value or 3.0]},
+  )
+
+
+def a_variant(runs: list[Run], flops: float = 1e12, **changes) -> VariantResult:
+  return VariantResult(
+    **{
+      'changes': ('model.depth: 2 → 4',),
+      'values': {'model.depth': '4'},
+      'train_steps': 100,
+      'asked_steps': 100,
+      'parameters': 12345,
+      'active': 2345,
+      'flops': flops,
+      'runs': dict(enumerate(runs)),
+      **changes,
+    }
+  )
+
+
+@pytest.fixture
+def results() -> Results:
+  """Four seeds that the variants share, and what each does beside them."""
+  base = [2 + n for n in NOISE[:4]]
+  return Results(
+    question='a_question',
+    version='0.1.0',
+    baseline='plain',
+    match='FlopsPerToken()',
+    precision=None,
+    platform='cpu',
+    figure='bits_per_byte',
+    variants={
+      'plain': a_variant([a_run(value) for value in base]),
+      'better': a_variant([a_run(v - 0.2 + n / 20) for v, n in zip(base, NOISE[4:])]),
+      'same': a_variant([a_run(v + n) for v, n in zip(base, NOISE[4:])], asked_steps=120),
+      'torn': a_variant([a_run(base[0] - 1), a_run(None, 'diverged'), a_run(None, 'failed')]),
+      'gone': a_variant([a_run(None, 'diverged')] * 4),
+    },
+  )
+
+
+def verdicts(results: Results) -> dict[str, str]:
+  return {one.name: one.verdict for one in compare(results)}
+
+
+def test_verdicts(results):
+  found = verdicts(results)
+  assert found['plain'] == 'baseline'
+  assert found['better'] == 'lower'
+  assert found['same'] == 'not distinguishable'
+  assert found['torn'] == 'one seed: cannot be told; 1 of 3 diverged; 1 of 3 failed'
+  assert found['gone'] == 'no finished run; 4 of 4 diverged'
+
+
+def test_what_diverged_is_not_averaged_away(results):
+  lines = {row[0]: row for row in rows(results)}
+  assert lines['gone'][5:7] == ('—', '0')
+  assert lines['torn'][5] == f'{2 + NOISE[0] - 1:.4f}'
+  dotted = [line for line in pictures(results)['curves'].axes[0].lines if line.get_ls() == ':']
+  assert len(dotted) == 5
+
+
+def test_the_table_says_what_was_adjusted_and_how_sure_it_is(results):
+  text = markdown(results)
+  assert '100 (from 120)' in text
+  assert 'less plain [95%]' in text
+  mean = np.mean(NOISE[4:]) / 20 - 0.2
+  assert f'{mean:+.4f} [' in text
+  assert 'With 4 comparisons the chance' in text
+  widths = {line.count('|') for line in text.splitlines() if line.startswith('|')}
+  assert widths == {len(headers(results)) + 1}
+
+
+def test_two_seeds_are_called_few(results):
+  few = {
+    name: dataclasses.replace(variant, runs=dict(list(variant.runs.items())[:2]))
+    for name, variant in results.variants.items()
+  }
+  found = dataclasses.replace(results, variants=few)
+  assert verdicts(found)['same'] == 'not distinguishable, with 2 seeds'
+  assert 'too few to decide' in markdown(found)
+
+
+def test_results_come_back_from_their_file(results, tmp_path):
+  write_results(tmp_path / 'results.json', results)
+  assert read_results(tmp_path / 'results.json') == results
+
+
+def test_the_page_is_whole_and_loads_nothing(results):
+  page = sweep_page(results)
+  assert sentences(results)[0].startswith('better is lower than plain by')
+  for text in ('Verdict', 'not distinguishable', 'SkippedStepsError', 'FlopsPerToken()'):
+    assert text in page
+  assert not re.search(r'(src|href)="(?!data:|#)', page)
+
+
+def test_pictures(results, tmp_path):
+  assert set(pictures(results)) == {'curves', 'differences'}
+  sizes = {
+    f'size{n}': a_variant(
+      [a_run(2.5 - 0.2 * n + x / 20) for x in NOISE[:3]], flops=10.0 ** (10 + n)
+    )
+    for n in range(4)
+  }
+  ladder = dataclasses.replace(results, baseline='size0', variants=sizes)
+  assert is_ladder(ladder)
+  files = write_pictures(tmp_path, ladder)
+  assert {path.name for path in files} >= {'scaling.svg', 'scaling.png', 'differences.svg'}
+  again = [path.read_bytes() for path in files if path.suffix == '.png']
+  write_pictures(tmp_path, ladder)
+  assert again == [path.read_bytes() for path in files if path.suffix == '.png']
