@@ -239,8 +239,9 @@ def _figures(history: History) -> dict[str, float]:
   """Numbers of the last evaluation, and means of the last twentieth of training."""
   found: dict[str, float] = {}
   if history.evaluations:
-    last = history.evaluations[-1]
-    found |= {key: last[key] for key in ('loss', 'bits_per_byte', 'mtp_loss') if key in last}
+    # What was not finite is null in the file.
+    for name in ('loss', 'bits_per_byte', 'mtp_loss'):
+      found[name] = float(column(history.evaluations, name)[-1])
   rows = history.rows
   for name, values in (
     ('train_loss', column(rows, 'loss')),
