@@ -94,7 +94,7 @@ def test_cost_of_the_variants(sweep):
   # Three times the forward pass, which is two for every parameter that a token meets, and mixing.
   tokens = STEPS * 8 * 64
   assert plain.flops > 6 * plain.active * tokens
-  assert wide.flops > 2 * plain.flops
+  assert wide.flops > 1.5 * plain.flops
 
 
 def test_a_run_that_learnt_nothing_diverged(sweep):
