@@ -25,7 +25,8 @@ def sweep_page(results: Results) -> str:
   drawn = pictures(results)
   parts += [(name, TITLES[name], _image(picture, TITLES[name])) for name, picture in drawn.items()]
   others = [name for name in FIGURES if name != results.figure and _everywhere(results, name)]
-  parts.append(('figures', 'Other figures', ''.join(_other(results, name) for name in others)))
+  if others:
+    parts.append(('figures', 'Other figures', ''.join(_other(results, name) for name in others)))
   parts.append(('variants', 'Variants', _variants(results)))
   parts.append(('runs', 'Runs', _runs(results)))
   sections = [(name, title, markup.section(name, title, body)) for name, title, body in parts]

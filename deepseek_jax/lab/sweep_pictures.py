@@ -43,11 +43,11 @@ def draw_curves(results: Results) -> Figure:
       if len(values) > 1:
         low, high = values.min(axis=0), values.max(axis=0)
         axes.fill_between(grid * per_step, low, high, color=colour, alpha=0.2, lw=0)
-    for run in variant.runs.values():
-      if run.status == 'diverged' and run.curve['step']:
-        steps = np.asarray(run.curve['step']) * per_step
-        label = f'{name}, diverged'
-        axes.plot(steps, run.curve['value'], color=colour, ls=':', lw=1, label=label)
+    torn = [run.curve for run in variant.runs.values() if run.status == 'diverged' and run.curve]
+    for at, curve in enumerate(torn):
+      steps = np.asarray(curve['step']) * per_step
+      label = f'{name}, diverged' if at == 0 else None
+      axes.plot(steps, curve['value'], color=colour, ls=':', lw=1, label=label)
   axes.set_xlabel('training FLOPs')
   axes.set_ylabel('training loss, nats a token')
   _zoom(axes, results)
@@ -135,8 +135,15 @@ def _draw_law(axes: Axes, compute: np.ndarray, loss: np.ndarray, colour: str) ->
     at = np.concatenate([inside, beyond])
     band = scaling_band(compute, loss, at)
     axes.fill_between(at, band.low, band.high, color=colour, alpha=0.15, lw=0)
-  text = f'∝ FLOPs^{-law.exponent:.3f}' + (f' + {law.floor:.2f}' if law.floor else '')
-  axes.annotate(text, (beyond[-1], law(beyond[-1])), fontsize=8, color=colour, ha='right')
+  floor = f' + {law.floor:.2f}' if law.floor else ''
+  axes.annotate(
+    f'{law.scale:.3g} · FLOPs^{-law.exponent:.3f}{floor}',
+    (sizes[-1], law(sizes[-1])),
+    xytext=(4, 10),
+    textcoords='offset points',
+    fontsize=8,
+    color=colour,
+  )
 
 
 def is_ladder(results: Results) -> bool:
