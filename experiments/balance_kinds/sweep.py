@@ -5,6 +5,7 @@ python scripts/sweep.py --experiment=experiments/balance_kinds/sweep.py --output
 
 from configs import quickstart
 from deepseek_jax.core.override import override
+from deepseek_jax.core.precision import Float32
 from deepseek_jax.core.sweep import Sweep, chain, product, seeds
 from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
 from deepseek_jax.optim.balance import SignBias
@@ -22,6 +23,8 @@ def base() -> Experiment:
     'model.dense.hidden': 384,
     'model.feed_forward.hidden': 96,
     'model.mtp': None,
+    # Not the fastest, which another machine may measure otherwise.
+    'precision': Float32(),
     'train_steps': 250,
     'cadence.sample': None,
     'cadence.evaluate': 125,
