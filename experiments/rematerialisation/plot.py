@@ -94,6 +94,7 @@ def draw(curves: dict[str, tuple[np.ndarray, np.ndarray]], target: pathlib.Path)
       color=colour,
     )
   axes.set_xticks(curves['none'][0], [f'{int(depth)}' for depth in curves['none'][0]])
+  axes.set_yticks([20, 50, 100, 200, 500], ['20', '50', '100', '200', '500'])
   axes.minorticks_off()
   axes.set_xlim(right=curves['none'][0][-1] * 3.2)
   axes.set_xlabel('layers L')
@@ -145,14 +146,11 @@ def main() -> None:
   sizes, curves = memory(of('gradient_memory'))
   print(sizes)
   draw(curves, FOLDER / 'memory.png')
-  for what, key in (('step_memory', 'temporary_bytes'), ('resident', 'resident_bytes')):
-    lines = [
-      [NAMES[r['kind']], *(f'{r[k] / MEGABYTE:.1f}' for k in ('temporary_bytes', key))]
-      for r in of(what)
-    ]
-    depths = [str(row['depth']) for row in of(what)]
-    lines = [[line[0], depth, *line[1:]] for line, depth in zip(lines, depths, strict=True)]
-    print(table(['kind', 'depth', 'reserved, MiB', what], lines))
+  lines = [
+    [NAMES[row['kind']], str(row['depth']), f'{row["temporary_bytes"] / MEGABYTE:.1f}']
+    for row in of('step_memory')
+  ]
+  print(table(['whole steps', 'depth', 'reserved, MiB'], lines))
   print(ratio_table(['kind', 'reserved, MiB', 'time', 'middle half'], of('time'), 'ratio'))
   head = ['variant', 'reserved, MiB', 'speed', 'middle half']
   print(ratio_table(head, of('accumulation'), 'speed_ratio'))
