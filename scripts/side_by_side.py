@@ -124,11 +124,12 @@ def _end(run: _Running, stop: Stop) -> Status:
   _close(run)
   status = status_of(run.trial)
   code = run.process.returncode
-  if status.kind == 'finished' or (stop.requested and code in (0, -signal.SIGTERM)):
-    return status
-  if status.kind in ('failed', 'stopped'):
+  if (stop.requested and code in (0, -signal.SIGTERM)) or status.kind in ('failed', 'stopped'):
     return status
   name = f'{code}' if code >= 0 else f'{code} ({signal.Signals(-code).name})'
+  if status.kind == 'finished':
+    # Its results are whole; what went wrong after them is said all the same.
+    return dataclasses.replace(status, reason=f'exit code {name}' if code else None)
   last = last_line(run.trial.log)
   reason = f'the process ended with exit code {name}' + (f'; it said: {last}' if last else '')
   if run.trial.workdir.config.exists():

@@ -140,7 +140,7 @@ def describe(question: Any, made: Any) -> str:
 
 def command(index: int | str) -> list[str]:
   """Returns the command that runs one of the runs."""
-  words = ['scripts/sweep.py', f'--experiment={EXPERIMENT.value}', f'--output={OUTPUT.value}']
+  words = [sys.argv[0], f'--experiment={EXPERIMENT.value}', f'--output={OUTPUT.value}']
   for flag in (SEEDS, STEPS, CACHE_DIR):
     if flag.value is not None:
       words.append(f'--{flag.name}={flag.value}')
@@ -214,6 +214,8 @@ def run_sweep(question: Any, output: pathlib.Path) -> int:
     # This process never touches a device: it would hold the accelerator that the runs need.
     code = wait([sys.executable, *command(0)[:-1], '--plan'], stop)
     if code or stop.requested:
+      if stop.requested:
+        print(f'{stop.requested}: no run was started')
       return code
     made = read_plan(output)
     assert made is not None
@@ -280,7 +282,9 @@ def stop_with_parent() -> None:
   """Asks this process to stop when its standard input ends, which is when its parent dies."""
 
   def watch() -> None:
-    sys.stdin.buffer.read()
+    # Not through `sys.stdin`, whose lock would be held when Python ends.
+    while os.read(0, 1):
+      pass
     os.kill(os.getpid(), signal.SIGTERM)
 
   threading.Thread(target=watch, name='parent', daemon=True).start()

@@ -131,7 +131,9 @@ def describe_end(trial: Trial, status: Status) -> str:
   total = trial.experiment.train_steps
   if status.kind == 'finished':
     figure = held_out(trial)
-    return f'done    {trial.name}  bits/byte {"nan" if figure is None else f"{figure:.4f}"}'
+    shown = 'nan' if figure is None else f'{figure:.4f}'
+    odd = f'  ({status.reason}; see {trial.log})' if status.reason else ''
+    return f'done    {trial.name}  bits/byte {shown}{odd}'
   if status.kind == 'failed':
     return f'FAILED  {trial.name}  step {status.step}/{total}: {status.reason}; see {trial.log}'
   return f'stopped {trial.name}  step {status.step}/{total}'

@@ -145,7 +145,7 @@ def split_seeds(sweep: Sweep) -> tuple[Sweep, tuple[int, ...] | None]:
   """
   errors: list[str] = []
   found: dict[str, tuple[tuple[Part, ...], list[int]]] = {}
-  for point in sweep.points:
+  for number, point in enumerate(sweep.points):
     values, rest = _merged(point), tuple(_without_seeds(point))
     chosen = {repr(values[path]) for path in SEED_PATHS if path in values}
     given = [path for path in SEED_PATHS if path in values]
@@ -154,8 +154,11 @@ def split_seeds(sweep: Sweep) -> tuple[Sweep, tuple[int, ...] | None]:
     elif not isinstance(values.get('seed', 0), int):
       errors.append(f'`seed` is {values["seed"]!r}; expected a number')
     else:
-      own = found.setdefault(repr(rest), (rest, []))[1]
+      # Points without a seed stay apart even where they are the same, which `resolve` reports.
+      own = found.setdefault(repr(rest) if given else f'{number} {rest!r}', (rest, []))[1]
       own += [values['seed']] if given else []
+      if len(set(own)) < len(own):
+        errors.append(f'seed {own[-1]} occurs twice with the same values')
   if len({tuple(own) for _, own in found.values()}) > 1:
     errors.append('all variants need the same seeds: combine them as product(…, seeds(n))')
   if errors:

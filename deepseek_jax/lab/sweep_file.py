@@ -18,6 +18,10 @@ printed, `DIR/compiled/` the compiled programs that runs share. `DIR/sweep.json`
     asked         digest of its config before steps were matched
     config        digest of the config that runs, with the base's seed
     experiment    that config as JSON
+
+A run that is not `finished` by `status_of` is part of no result: it was killed, stopped, or failed
+with the reason in its `events.jsonl`. Kinds that the question itself defines are found where its
+file was imported, by `read_question` or by its dotted name.
 """
 
 import dataclasses

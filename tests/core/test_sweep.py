@@ -159,6 +159,7 @@ def test_seeds_are_taken_out():
   assert points.names() == ('base', 'a')
   assert found == (0, 1)
   assert split_seeds(chain({}, {'rate': 0.1}))[1] is None
+  assert list(split_seeds(chain({}, {}))[0]) == [{}, {}]
   alone, found = split_seeds(seeds(2))
   assert (list(alone), alone.names(), found) == ([{}], ('base',), (0, 1))
 
@@ -169,6 +170,7 @@ def test_seeds_are_taken_out():
     (product({'seed': [1, 2]}), '`seed` set by hand'),
     (chain({'seed': 1, 'data.shuffle_seed': 2}), 'set by hand'),
     (chain(dict.fromkeys(SEED_PATHS, 'one')), "'one'; expected a number"),
+    (chain(seeds(2), seeds(1)), 'seed 0 occurs twice'),
     (chain({'rate': 0.1}, product({'rate': [0.2]}, seeds(2))), 'the same seeds'),
   ],
 )

@@ -133,6 +133,7 @@ def test_a_killed_sweep_goes_on_and_a_failing_run_stops_nothing(write_question, 
   assert f'going on after step {saved}' in (out / 'logs/long.seed_0.log').read_text()
   assert happened(out / 'long/seed_0') == ['started', 'resumed', 'finished']
   assert Checkpoints(out / 'long/seed_0/checkpoints').latest() == 200
+  assert re.search(r'done    long/seed_0  bits/byte \d\.\d+  \d', output)
   # What fails is named with its reason, and leaves no figures behind.
   assert '1 of 3 runs failed' in output
   assert re.search(r'FAILED  broken/seed_0  step 0/200: .*nowhere', output)
