@@ -1,15 +1,34 @@
-"""Small experiments whose cost is easy to say, and questions about them."""
+"""Small experiments, questions about them, a trial, models with weights away from their start."""
 
 import dataclasses
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from configs import tiny_mla
+from deepseek_jax import lab
+from deepseek_jax.core.override import override
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.pipeline import TextCorpus
+from deepseek_jax.data.source import TextFiles
+from deepseek_jax.data.tokenizer import Bytes
+from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.models.decoder import init_variables
+from deepseek_jax.models.deepseek_v3 import DeepSeekV3
+from deepseek_jax.optim.optimizer import AdamW
+from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.train.experiment import Experiment
 
+SIZES = {'heads': 2, 'nope_dim': 6, 'rope_dim': 4, 'value_dim': 5, 'latent': 8}
+STEPS = 8
 HEAD = """
 from configs import tiny_mla
 from deepseek_jax.core.override import override
@@ -25,6 +44,94 @@ SMALL = {
 def base():
   return override(tiny_mla.get_config(), SMALL)[0]
 """
+
+
+@pytest.fixture
+def compile_quickly():
+  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='session')
+def experiment(tmp_path_factory) -> Experiment:
+  """One dense layer, then two layers of experts that share a scan."""
+  text = tmp_path_factory.mktemp('text')
+  for number in range(40):
+    sentence = f'The number {number} is followed by the number {number + 1}. '
+    cut = 70 + 13 * (number % 9)
+    (text / f'{number}.txt').write_text((sentence * 4)[:cut], encoding='utf-8')
+  return Experiment(
+    name='tiny',
+    model=DeepSeekV3(
+      depth=3,
+      width=16,
+      vocab=264,
+      attention=MLA(**SIZES),
+      dense=SwiGLU(hidden=12),
+      feed_forward=MoE(experts=6, top_k=2, hidden=8),
+    ),
+    data=TextCorpus(source=TextFiles(f'{text}/*.txt'), tokenizer=Bytes(), length=32, batch_size=4),
+    optimizer=AdamW(peak_lr=1e-2),
+    schedule=WarmupStableDecay(warmup_steps=2, decay_fraction=0.5),
+    train_steps=STEPS,
+  )
+
+
+@pytest.fixture(scope='session')
+def trial(cache_dir) -> lab.Trial:
+  """Two seeds of a few steps, of the run that the tests of notebooks begin with.
+
+  Compiling takes nearly all of the time, and a run that is equal is compiled once.
+  """
+  jax.config.update('jax_disable_most_optimizations', True)
+  changes = {'model.mtp': None, 'model.depth': 1, 'model.dense_layers': 0}
+  short, _ = override(tiny_mla.get_config(), changes)
+  try:
+    return lab.train(short, steps=STEPS, seeds=2, heldout_batches=2, cache_dir=cache_dir)
+  finally:
+    jax.config.update('jax_disable_most_optimizations', False)
+
+
+@pytest.fixture(scope='session')
+def make_model(experiment) -> Callable[..., lab.Pretrained]:
+  """Makes a model of the run with fields of its family changed; all weights are random."""
+
+  def make(**changes: Any) -> lab.Pretrained:
+    changed = dataclasses.replace(
+      experiment, model=dataclasses.replace(experiment.model, **changes)
+    )
+    decoder = changed.model.build()
+    boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
+    noise = np.random.default_rng(7)
+
+    def draw(path, leaf):
+      values = noise.standard_normal(leaf.shape).astype(np.float32)
+      if path[-1].key in ('scale', 'selection_bias'):
+        return jnp.asarray(0.2 * values + (path[-1].key == 'scale'))
+      return jnp.asarray(0.3 * values)
+
+    variables = jax.tree_util.tree_map_with_path(draw, nn.meta.unbox(boxed))
+    return lab.Pretrained(experiment=changed, variables=variables)
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def model(make_model) -> lab.Pretrained:
+  """The model of the run."""
+  return make_model()
+
+
+@pytest.fixture(scope='session')
+def packed(experiment, cache_dir) -> Batch:
+  """Held-out rows: two of several documents, one that begins with bos, and padding."""
+  data = experiment.data.prepare(cache_dir)
+  rows = [data.heldout.row(i) for i in range(data.heldout.rows)]
+  several = [i for i, row in enumerate(rows) if row.segments.max() > 1][:2]
+  begins = next(i for i, row in enumerate(rows) if row.tokens[0] == data.tokenizer.bos)
+  return data.heldout.batch([*several, begins, -1])
 
 
 @pytest.fixture
