@@ -126,12 +126,16 @@ def model(make_model) -> lab.Pretrained:
 
 @pytest.fixture(scope='session')
 def packed(experiment, cache_dir) -> Batch:
-  """Held-out rows: two of several documents, one that begins with bos, and padding."""
+  """Held-out rows: one that begins with bos, one of two documents, and padding."""
   data = experiment.data.prepare(cache_dir)
   rows = [data.heldout.row(i) for i in range(data.heldout.rows)]
-  several = [i for i, row in enumerate(rows) if row.segments.max() > 1][:2]
   begins = next(i for i, row in enumerate(rows) if row.tokens[0] == data.tokenizer.bos)
-  return data.heldout.batch([*several, begins, -1])
+  batch = data.heldout.batch([begins, begins + 1, -1])
+  # The held-out documents are long, and few rows hold two: one is cut in two here.
+  segments, positions = np.array(batch.segments), np.array(batch.positions)
+  cut = segments.shape[1] // 3
+  segments[1, cut:], positions[1, cut:] = 2, np.arange(segments.shape[1] - cut)
+  return dataclasses.replace(batch, segments=segments, positions=positions)
 
 
 @pytest.fixture
