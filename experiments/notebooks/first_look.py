@@ -10,7 +10,7 @@ from configs import quickstart
 from deepseek_jax import lab
 
 # %% [markdown]
-"""What is trained, and for how long. Sixty steps of `quickstart` take about a minute on two CPU
+"""What is trained, and for how long. Sixty steps of `quickstart` take some two minutes on two CPU
 cores, after a minute of compilation; the very first run makes tokens of the text too."""
 
 # %% tags=["parameters"]

@@ -1,7 +1,7 @@
 # %% [markdown]
 """# Swap a part: the same run with another attention
 
-Does a small model that trains for a minute need to look further back than 32 tokens? Two variants,
+Does a small model that trains for two minutes need to look further back than 32 tokens? Two variants,
 equal seeds, equal text in equal order, and a difference with its standard error.
 """
 
@@ -10,7 +10,7 @@ from configs import quickstart
 from deepseek_jax import lab
 
 # %% [markdown]
-"""Three seeds of sixty steps, twice: about six minutes on two CPU cores. Seeds of one variant share
+"""Three seeds of sixty steps, twice: some ten minutes on two CPU cores. Seeds of one variant share
 one compiled step."""
 
 # %% tags=["parameters"]
