@@ -1,8 +1,8 @@
 # %% [markdown]
 """# Swap a part: the same run with another attention
 
-Does a small model that trains for two minutes need to look further back than 32 tokens? Two variants,
-equal seeds, equal text in equal order, and a difference with its standard error.
+Does a small model that trains for two minutes need to look further back than 32 tokens? Two
+variants, equal seeds, equal text in equal order, and a difference with its standard error.
 """
 
 # %%
