@@ -19,6 +19,9 @@ from deepseek_jax.train.loop import train
 from deepseek_jax.train.metrics import JsonLines
 from deepseek_jax.train.workdir import Workdir
 
+# Trains three models; what each part does is tested in test_initialise.py and data/test_pairs.py.
+pytestmark = pytest.mark.slow
+
 WORDS = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord', 'grove', 'heath')
 
 
