@@ -65,7 +65,10 @@ def test_types_and_shapes():
   """NumPy arrays of the types the step expects; a row is [T]."""
   split = make_split()
   batch, row = split.batch([3, 0]), split.row(3)
-  for name, field in vars(batch).items():
+  assert (batch.images, batch.placeholders) == (None, None)
+  fields = {name: field for name, field in vars(batch).items() if field is not None}
+  assert len(fields) == 6
+  for name, field in fields.items():
     assert isinstance(field, np.ndarray)
     assert field.shape == (2, split.length)
     assert field.dtype == (np.float32 if name == 'weights' else np.int32)
