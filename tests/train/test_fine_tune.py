@@ -12,7 +12,6 @@ from deepseek_jax.core.override import override
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.source import TextFiles
 from deepseek_jax.hub import from_pretrained
-from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.display import QuietDisplay
 from deepseek_jax.train.init_from import InitFrom
 from deepseek_jax.train.loop import train
@@ -23,6 +22,14 @@ from deepseek_jax.train.workdir import Workdir
 pytestmark = pytest.mark.slow
 
 WORDS = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord', 'grove', 'heath')
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compile_quickly():
+  """Compiling takes most of the time of these tests."""
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 class Heard(QuietDisplay):
@@ -36,8 +43,8 @@ class Heard(QuietDisplay):
 
 
 def run(path: pathlib.Path, cache: pathlib.Path, **changes) -> Heard:
-  """Trains a model of three layers in a folder."""
-  base = {'model.mtp': None, 'data.length': 32, 'cadence.evaluate': None}
+  """Trains a model of two layers in a folder."""
+  base = {'model.depth': 2, 'model.mtp': None, 'data.length': 32, 'cadence.evaluate': None}
   config = override(tiny_mla.get_config(), {**base, **changes})[0]
   workdir, display = Workdir(path), Heard()
   workdir.write(config)
@@ -45,8 +52,9 @@ def run(path: pathlib.Path, cache: pathlib.Path, **changes) -> Heard:
   return display
 
 
-def first_loss(path: pathlib.Path) -> float:
-  return JsonLines(path / 'metrics.jsonl').read()[0]['loss']
+def losses(path: pathlib.Path) -> list[float]:
+  """Training loss of every step, in nats a token."""
+  return [row['loss'] for row in JsonLines(path / 'metrics.jsonl').read()]
 
 
 @pytest.fixture(scope='module')
@@ -59,55 +67,40 @@ def base(tmp_path_factory, cache_dir) -> pathlib.Path:
     (folder / f'{number}.txt').write_text(text + '\n')
   run(
     folder / 'run', cache_dir,
-    **{'data.source': TextFiles(f'{folder}/*.txt'), 'train_steps': 60},
+    **{'data.source': TextFiles(f'{folder}/*.txt'), 'train_steps': 80},
   )  # fmt: skip
   return folder / 'run'
 
 
 def test_completions_are_learnt_from_a_checkpoint(base, tmp_path, cache_dir):
-  """The completion is the prompt's first letter, doubled: half the pairs are held out."""
+  """The completion is the prompt's first word; the base knows how words are spelt."""
   noise = np.random.default_rng(1)
   rows = []
   for _ in range(400):
     word = str(noise.choice(WORDS))
-    prompt = f'{word} {noise.choice(WORDS)}{noise.integers(100)}:'
-    rows.append({'prompt': prompt, 'completion': word[0] * 2})
+    rows.append({'prompt': f'{word} {noise.integers(100)}: ', 'completion': word})
   path = tmp_path / 'pairs.jsonl'
   path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-  changes = {
-    'data.source': Pairs(str(path), heldout_fraction=0.3),
-    'train_steps': 60,
-    'cadence.log': 1,
-  }
+  source = Pairs(str(path), heldout_fraction=0.3)
+  changes = {'data.source': source, 'train_steps': 40, 'cadence.log': 1}
   display = run(tmp_path / 'tuned', cache_dir, init_from=InitFrom(str(base)), **changes)
-  assert any(text.startswith(f'begins with {base}/checkpoints/60') for text in display.texts)
+  assert any(text.startswith(f'begins with {base}/checkpoints/80') for text in display.texts)
   assert json.loads((tmp_path / 'tuned' / 'init_from.json').read_text())['fresh'] == []
   run(tmp_path / 'new', cache_dir, **changes)
-  assert first_loss(tmp_path / 'tuned') != first_loss(tmp_path / 'new')
-  figures = {
-    name: JsonLines(tmp_path / name / 'evaluations.jsonl').read()[-1] for name in ('tuned', 'new')
-  }
-  # Two letters and the end for two bytes; a guess among eight letters would cost 3 bits.
-  assert figures['tuned']['bits_per_byte'] < 1.0
-  assert figures['tuned']['bits_per_byte'] < figures['new']['bits_per_byte']
+  first, new = losses(tmp_path / 'tuned'), losses(tmp_path / 'new')
+  # A new model guesses among all bytes, 5.6 nats; the base is right about most letters of a word.
+  assert first[0] < new[0] - 1
+  assert np.mean(first[:5]) < np.mean(new[:5])
+  # Five letters and the end: a guess among eight words is 3 bits for five bytes.
+  row = JsonLines(tmp_path / 'tuned' / 'evaluations.jsonl').read()[-1]
+  assert row['bits_per_byte'] < 0.6
   model = from_pretrained(tmp_path / 'tuned')
-  right = sum(
-    model.generate(f'{word} {other}42:', max_new_tokens=4) == word[0] * 2
-    for word, other in zip(WORDS, WORDS[3:] + WORDS[:3], strict=True)
+  right = sum(model.generate(f'{word} 42: ', max_new_tokens=8) == word for word in WORDS)
+  assert right >= 5
+  # The run that is there goes on with its own weights.
+  display = run(
+    tmp_path / 'tuned', cache_dir, init_from=InitFrom(str(base)), **changes | {'train_steps': 44}
   )
-  assert right >= 6
-
-
-def test_a_run_that_is_there_goes_on_with_its_own_weights(base, tmp_path, cache_dir):
-  source = json.loads((base / 'config.json').read_text())
-  assert source['name'] == 'tiny_mla'
-  files = TextFiles(str(base.parent / '*.txt'))
-  changes = {'data.source': files, 'init_from': InitFrom(str(base))}
-  run(tmp_path / 'run', cache_dir, train_steps=8, **changes)
-  before = Checkpoints(tmp_path / 'run' / 'checkpoints').latest()
-  display = run(tmp_path / 'run', cache_dir, train_steps=12, **changes)
-  assert before == 8
+  assert any('going on after step 40' in text for text in display.texts)
   assert not any('begins with' in text for text in display.texts)
-  assert any('going on after step 8' in text for text in display.texts)
-  losses = [row['loss'] for row in JsonLines(tmp_path / 'run' / 'metrics.jsonl').read()]
-  assert jax.tree.all(jax.tree.map(np.isfinite, losses))
+  assert losses(tmp_path / 'tuned')[40] < first[0] / 4
