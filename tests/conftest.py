@@ -26,9 +26,9 @@ MAPPINGS = 16_384
 """A quarter of the regions of memory that Linux lets a process have."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope='module')
 def release_programs():
-  """Lets go of compiled programs before they are too many.
+  """Lets go of compiled programs after a file of tests, before they are too many.
 
   Each loop of a program on CPU is code in regions of its own. Where there are no more to be had,
   XLA does not say so: the process dies.

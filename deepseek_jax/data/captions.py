@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, cast
 
 import jax
@@ -14,7 +14,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data import store
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.data.drawing import OpenClipart
-from deepseek_jax.data.pipeline import train_batches
+from deepseek_jax.data.pipeline import Prepared
 from deepseek_jax.data.source import Split
 from deepseek_jax.data.tokenizer import BPE, AnyTokenizer, Tokenizer
 
@@ -227,31 +227,8 @@ class CaptionSplit:
     return Batch(**cast(dict[str, jax.Array], fields))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class CaptionData:
-  """Prepared pictures and captions.
-
-  Attributes:
-    config: what they were prepared from.
-    tokenizer: what made the tokens.
-    train: rows to learn from.
-    heldout: rows to measure on, of drawings that `train` has no variant of.
-  """
-
-  config: ImageCaptions
-  tokenizer: Tokenizer
-  train: CaptionSplit
-  heldout: CaptionSplit
-
-  def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
-    """Endless batches of the training split from a step on; see `train_batches`."""
-    return train_batches(
-      self.train,
-      step,
-      batch_size=self.config.batch_size,
-      seed=self.config.shuffle_seed,
-      rows=rows,
-    )
+class CaptionData(Prepared[ImageCaptions, CaptionSplit]):
+  """Prepared pictures and captions; `heldout` has drawings that `train` has no variant of."""
 
   def heldout_text(self) -> bytes:
     """The UTF-8 text of the held-out captions, a line each."""

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 
@@ -81,9 +82,21 @@ class TextCorpus:
     )
 
 
+class Shuffled(Protocol):
+  """What a config of data says of its batches."""
+
+  @property
+  def batch_size(self) -> int:
+    """B, rows in a batch, over all hosts."""
+
+  @property
+  def shuffle_seed(self) -> int:
+    """Of the order of the training rows."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TextData:
-  """Prepared text.
+class Prepared[C: Shuffled, R: Rows]:
+  """Data that can be read.
 
   Attributes:
     config: what it was prepared from.
@@ -92,10 +105,10 @@ class TextData:
     heldout: rows to measure on.
   """
 
-  config: TextCorpus
+  config: C
   tokenizer: Tokenizer
-  train: PackedSplit
-  heldout: PackedSplit
+  train: R
+  heldout: R
 
   def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
     """Endless batches of the training split from a step on; see `train_batches`."""
@@ -106,6 +119,10 @@ class TextData:
       seed=self.config.shuffle_seed,
       rows=rows,
     )
+
+
+class TextData(Prepared[TextCorpus, PackedSplit]):
+  """Prepared text."""
 
   def heldout_text(self) -> bytes:
     """The UTF-8 text of the held-out documents, one after the other."""

@@ -93,7 +93,7 @@ class FlopsPerToken:
 
   def measure(self, programs: Mapping[str, Program], cache_dir: pathlib.Path) -> dict[str, float]:
     """Counts, for each variant, the FLOPs of a step."""
-    return {name: _step_flops(program) for name, program in programs.items()}
+    return {name: step_flops(program) for name, program in programs.items()}
 
   def steps(self, experiment: Experiment, cost: float, reference: Matched) -> int:
     """Returns as many steps as the reference's run pays for."""
@@ -232,7 +232,8 @@ def _paid_steps(cost: float, reference: Matched) -> int:
   return steps
 
 
-def _step_flops(program: Program) -> float:
+def step_flops(program: Program) -> float:
+  """Returns the training FLOPs of a step, pictures included."""
   data: Any = program.experiment.data
   pictures = 0 if data.image_shape is None else data.image_shape[0]
   weights = experiment_weights(program)

@@ -12,10 +12,10 @@
     parameters    of the model
     active        parameters that a token is multiplied with
     flops         training FLOPs of a whole run
-    runs          seed → {status, step, reason, figures, curve, held_out}
+    runs          seed → {status, step, reason, figures, curve}
 
 A run's status is `finished`, `diverged`, `failed` or `unfinished`. `figures` are numbers of the
-last evaluation and of the last twentieth of training; `curve` and `held_out` are columns.
+last evaluation and of the last twentieth of training; `curve` is two columns.
 """
 
 import dataclasses
@@ -30,10 +30,19 @@ import numpy as np
 
 import deepseek_jax
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.lab.sweep_file import Plan, Planned, Trial, read_plan, status_of, trials_of
-from deepseek_jax.models.cost import active_parameters, training_flops
+from deepseek_jax.lab.match import step_flops
+from deepseek_jax.lab.sweep_file import Planned, Trial, read_plan, status_of, trials_of
+from deepseek_jax.models.cost import active_parameters
 from deepseek_jax.train.faults import SkippedStepsError
-from deepseek_jax.train.history import History, column, layer_column, read_history, smooth
+from deepseek_jax.train.history import (
+  History,
+  column,
+  layer_column,
+  read_history,
+  recent,
+  thin,
+)
+from deepseek_jax.train.page.curves import smoothed_loss
 from deepseek_jax.train.step import build_program
 from deepseek_jax.train.summary import experiment_weights
 
@@ -51,8 +60,7 @@ class Run:
     step: the last that was logged.
     reason: of a failure or a stop, or None.
     figures: name → number; empty where it did not finish.
-    curve: columns `step` and `loss` of training, smoothed and thinned.
-    held_out: columns `step` and the deciding figure of the evaluations.
+    curve: columns `step` and `value`, the training loss, smoothed and thinned.
   """
 
   status: str
@@ -60,7 +68,6 @@ class Run:
   reason: str | None
   figures: Mapping[str, float]
   curve: Mapping[str, list[float]]
-  held_out: Mapping[str, list[float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +163,7 @@ def collect(folder: pathlib.Path) -> Results:
     figure=figure,
     variants={
       planned.name: _variant(
-        planned, plan, {t: histories.get(t) for t in trials if t.variant == planned.name}, figure
+        planned, {t: histories.get(t) for t in trials if t.variant == planned.name}, figure
       )
       for planned in plan.variants
     },
@@ -170,14 +177,10 @@ def _deciding_figure(histories: Mapping[Trial, History]) -> str:
   return 'bits_per_byte' if with_bits else 'loss'
 
 
-def _variant(
-  planned: Planned, plan: Plan, runs: Mapping[Trial, History | None], figure: str
-) -> VariantResult:
+def _variant(planned: Planned, runs: Mapping[Trial, History | None], figure: str) -> VariantResult:
   experiment = planned.experiment
-  weights = experiment_weights(build_program(experiment, jax.devices()[:1]))
-  data = experiment.data
-  per_token = training_flops(experiment.model, weights, data.length)
-  steps = experiment.train_steps
+  program = build_program(experiment, jax.devices()[:1])
+  weights, steps = experiment_weights(program), experiment.train_steps
   matched = planned.matched
   return VariantResult(
     changes=planned.changes,
@@ -186,7 +189,7 @@ def _variant(
     asked_steps=steps if matched is None else matched.asked_steps,
     parameters=sum(weight.size for weight in weights),
     active=active_parameters(weights),
-    flops=per_token * data.batch_size * data.length * steps,
+    flops=step_flops(program) * steps,
     runs={trial.seed: _run(trial, history, figure) for trial, history in runs.items()},
   )
 
@@ -200,7 +203,6 @@ def _run(trial: Trial, history: History | None, figure: str) -> Run:
       reason=status.reason,
       figures={},
       curve={},
-      held_out={},
     )
   kind: str = status.kind if status.kind in ('finished', 'failed') else 'unfinished'
   reason = status.reason
@@ -208,14 +210,12 @@ def _run(trial: Trial, history: History | None, figure: str) -> Run:
   fault = _divergence(history, status.reason, figures if kind == 'finished' else None, figure)
   if fault is not None:
     kind, reason = 'diverged', fault
-  steps, losses = column(history.rows, 'step'), column(history.rows, 'loss')
   return Run(
     status=kind,
     step=status.step,
     reason=reason,
     figures=figures if kind == 'finished' else {},
-    curve=_thin(steps, smooth(losses, max(len(losses) // 20, 1) | 1)),
-    held_out=_thin(column(history.evaluations, 'step'), column(history.evaluations, figure)),
+    curve=_curve(history),
   )
 
 
@@ -230,7 +230,7 @@ def _divergence(
     return 'the guard skipped too many steps in a row'
   if figures is not None and figure not in figures:
     return 'its held-out loss is not finite'
-  if losses.size > 20 and np.nanmean(losses[-len(losses) // 20 :]) >= losses[0]:
+  if losses.size > 20 and recent(losses) >= losses[0]:
     return 'its loss is no lower than at its first step'
   return None
 
@@ -250,20 +250,18 @@ def _figures(history: History) -> dict[str, float]:
     ('dead_experts', layer_column(rows, 'dead_fraction')),
     ('load_entropy', layer_column(rows, 'load_entropy', np.min)),
   ):
-    known = values[np.isfinite(values)]
-    if known.size:
-      found[name] = float(known[-max(known.size // 20, 1) :].mean())
+    found[name] = recent(values)
   speeds = column(rows, 'tokens_per_second')
   if np.isfinite(speeds).any():
     found['tokens_per_second'] = float(np.nanmedian(speeds))
   return {name: float(value) for name, value in found.items() if math.isfinite(value)}
 
 
-def _thin(x: np.ndarray, y: np.ndarray) -> dict[str, list[float]]:
-  known = np.isfinite(x) & np.isfinite(y)
-  x, y = x[known], y[known]
-  picks = np.unique(np.linspace(0, len(x) - 1, min(POINTS, len(x))).astype(int))
-  return {'step': [int(v) for v in x[picks]], 'value': [round(float(v), 5) for v in y[picks]]}
+def _curve(history: History) -> dict[str, list[float]]:
+  losses = smoothed_loss(column(history.rows, 'loss'))
+  known = np.isfinite(losses)
+  steps, values = thin(column(history.rows, 'step')[known], losses[known], POINTS)
+  return {'step': [int(step) for step in steps], 'value': [round(float(v), 5) for v in values]}
 
 
 def write_results(path: pathlib.Path, results: Results) -> None:

@@ -10,6 +10,13 @@ from scipy import stats
 
 DRAWS = 10_000
 CONFIDENCE = 0.95
+ENOUGH = 3
+"""Pairs below which no interval is narrow enough to be of use."""
+
+
+def number(value: float) -> str:
+  """Returns a figure with as many decimals as are worth reading."""
+  return f'{value:.4f}' if abs(value) < 100 else f'{value:,.0f}'
 
 
 class Summary(NamedTuple):
@@ -24,6 +31,12 @@ class Summary(NamedTuple):
   mean: float
   error: float
   seeds: int
+
+  @property
+  def text(self) -> str:
+    """Mean ± standard error, `?` where one seed has none."""
+    error = '?' if math.isnan(self.error) else number(self.error)
+    return f'{number(self.mean)} ± {error}'
 
 
 def summarise(values: Sequence[float]) -> Summary:
@@ -62,6 +75,26 @@ class Difference(NamedTuple):
   def known(self) -> bool:
     """Whether the sign is told: the interval is there and zero is outside."""
     return self.low > 0 or self.high < 0
+
+  @property
+  def text(self) -> str:
+    """Mean and interval; `[?]` where one pair has none, empty where there is no pair."""
+    if not self.pairs:
+      return ''
+    ends = '?' if self.pairs < 2 else f'{self.low:+.4f}, {self.high:+.4f}'
+    return f'{self.mean:+.4f} [{ends}]'
+
+  @property
+  def verdict(self) -> str:
+    """What can be said of the sign."""
+    if not self.pairs:
+      return 'no seed in common with the baseline'
+    if self.pairs < 2:
+      return 'one seed: cannot be told'
+    if self.known:
+      return 'lower' if self.mean < 0 else 'higher'
+    few = f', with {self.pairs} seeds' if self.pairs < ENOUGH else ''
+    return f'not distinguishable{few}'
 
 
 def paired_difference(

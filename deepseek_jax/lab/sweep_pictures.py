@@ -1,26 +1,24 @@
 """Pictures of a sweep, fit for a paper: curves, differences with intervals, scaling."""
 
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from deepseek_jax.core.describe import si
-from deepseek_jax.lab.results import Results, VariantResult
+from deepseek_jax.lab.picture import COLOURS, Picture
+from deepseek_jax.lab.results import Results
 from deepseek_jax.lab.statistics import CONFIDENCE, fit_power_law, scaling_band
 from deepseek_jax.lab.verdict import FIGURES, compare
 
-# The palette of Okabe and Ito: told apart with any colour vision.
-COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#888888')
 BEYOND = 10
 """How far beyond the largest run a scaling curve is drawn, in compute."""
 
 
-def figure_of(width: float = 6.4, height: float = 3.9) -> tuple[Figure, Axes]:
-  """Returns an empty picture that no global state knows of."""
-  figure = Figure(figsize=(width, height), layout='constrained')
+def figure_of(width: float = 6.4, height: float = 3.9) -> tuple[Picture, Axes]:
+  """Returns an empty picture and its axes."""
+  figure = Picture(figsize=(width, height), layout='constrained')
   axes = figure.subplots()
   axes.spines[['top', 'right']].set_visible(False)
   return figure, axes
@@ -95,30 +93,20 @@ def draw_differences(results: Results, figure_name: str | None = None) -> Figure
   return figure
 
 
-def draw_scaling(results: Results, dial: Callable[[VariantResult], str] | None = None) -> Figure:
-  """Draws the deciding figure against training FLOPs, with the fitted law beyond the largest run.
-
-  Args:
-    results: of sizes, each with its own compute.
-    dial: which family of sizes a variant belongs to; all are one family by default. Each family of
-      two sizes or more gets a curve.
-  """
+def draw_scaling(results: Results) -> Figure:
+  """Draws the deciding figure against training FLOPs, with the law fitted to all variants."""
   figure, axes = figure_of()
-  families: dict[str, list[VariantResult]] = {}
-  for variant in results.variants.values():
-    if variant.finished(results.figure):
-      families.setdefault('' if dial is None else dial(variant), []).append(variant)
-  for number, (label, members) in enumerate(families.items()):
-    colour = COLOURS[number % len(COLOURS)]
-    points = [(v.flops, y) for v in members for y in v.finished(results.figure).values()]
-    compute, loss = (np.array(column) for column in zip(*points, strict=True))
-    axes.plot(compute, loss, 'o', color=colour, ms=4, label=label or None)
-    _draw_law(axes, compute, loss, colour)
+  points = [
+    (variant.flops, value)
+    for variant in results.variants.values()
+    for value in variant.finished(results.figure).values()
+  ]
+  compute, loss = (np.array(column) for column in zip(*points, strict=True))
+  axes.plot(compute, loss, 'o', color=COLOURS[0], ms=4)
+  _draw_law(axes, compute, loss, COLOURS[0])
   axes.set_xscale('log')
   axes.set_xlabel('training FLOPs')
   axes.set_ylabel(FIGURES[results.figure])
-  if any(families):
-    axes.legend(frameon=False, fontsize=8)
   return figure
 
 
@@ -173,10 +161,3 @@ def write_pictures(folder: pathlib.Path, results: Results) -> list[pathlib.Path]
       figure.savefig(path, dpi=150, metadata=metadata)
       files.append(path)
   return files
-
-
-def describe_compute(results: Results) -> str:
-  """Returns the range of training FLOPs in words."""
-  flops = [variant.flops for variant in results.variants.values()]
-  low, high = min(flops), max(flops)
-  return si(low) if high < 1.01 * low else f'{si(low)} to {si(high)}'

@@ -18,6 +18,7 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.data.packed_split import heldout_batches
 from deepseek_jax.data.pipeline import train_batches
 from deepseek_jax.hub import CACHE_DIR, Pretrained
+from deepseek_jax.lab.statistics import CONFIDENCE, paired_difference, summarise
 from deepseek_jax.models.cost import active_parameters
 from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.sharding.mesh import MeshConfig
@@ -230,8 +231,8 @@ def standard_error(values: np.ndarray) -> np.ndarray:
 def compare(trials: Mapping[str, Trial]) -> str:
   """Returns a table: held-out bits per byte of each trial, and its difference to the first.
 
-  Both with their standard error over the seeds, `?` where there is only one. The difference is
-  paired: seed by seed, over the seeds that both have.
+  Means with their standard error over the seeds; differences by `paired_difference`, seed by seed
+  over those that both have, with an interval and what can be said of the sign.
 
   Args:
     trials: name → trial; the first is the baseline.
@@ -244,20 +245,18 @@ def compare(trials: Mapping[str, Trial]) -> str:
   base = next(iter(trials.values()))
   rows = []
   for name, trial in trials.items():
-    shared = [seed for seed in trial.seeds if seed in base.seeds]
-    if not shared:
-      raise ConfigError(f'compare: {name!r} has seeds {trial.seeds}, the first {base.seeds}')
     mine, theirs = (
-      np.array([one.heldout[one.seeds.index(seed)] for seed in shared]) for one in (trial, base)
+      dict(zip(one.seeds, map(float, one.heldout), strict=True)) for one in (trial, base)
     )
-    gap = '–' if trial is base else _with_error(mine - theirs, '+')
+    difference = paired_difference(mine, theirs)
+    if not difference.pairs:
+      raise ConfigError(f'compare: {name!r} has seeds {trial.seeds}, the first {base.seeds}')
+    gap = ('–', 'baseline') if trial is base else (difference.text, difference.verdict)
     size, met = _sizes(one_device(trial.experiment))
-    pace = duration(trial.step_seconds)
-    rows.append((name, len(trial.seeds), _with_error(trial.heldout), gap, si(size), si(met), pace))
-  headers = ('variant', 'seeds', 'bits/byte', 'to the first', 'parameters', 'met', 'a step')
+    summary, pace = summarise(list(mine.values())), duration(trial.step_seconds)
+    rows.append((name, summary.seeds, summary.text, *gap, si(size), si(met), pace))
+  headers = (
+    'variant', 'seeds', 'bits/byte', f'less the first [{CONFIDENCE:.0%}]', 'verdict',
+    'parameters', 'met', 'a step',
+  )  # fmt: skip
   return table(rows, headers)
-
-
-def _with_error(values: np.ndarray, sign: str = '') -> str:
-  error = float(standard_error(values))
-  return f'{np.mean(values):{sign}.4f} ± {"?" if np.isnan(error) else f"{error:.4f}"}'

@@ -1,20 +1,19 @@
 """What a sweep's results say, and how surely: one table, in words that can be cited."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 
 from deepseek_jax.core.describe import si
 from deepseek_jax.lab.results import Results, VariantResult
 from deepseek_jax.lab.statistics import (
   CONFIDENCE,
+  ENOUGH,
   Difference,
   Summary,
   paired_difference,
   summarise,
 )
 
-UNITS = {'bits_per_byte': 'bits per byte', 'loss': 'nats a token'}
 FIGURES: Mapping[str, str] = {
   'bits_per_byte': 'held-out bits per byte',
   'loss': 'held-out loss, nats a token',
@@ -25,8 +24,6 @@ FIGURES: Mapping[str, str] = {
   'load_entropy': 'entropy of the load, lowest layer',
   'tokens_per_second': 'tokens per second',
 }
-ENOUGH = 3
-"""Pairs below which no interval is narrow enough to be of use."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,18 +34,12 @@ class Compared:
     name: of the variant.
     summary: of its finished runs, or None where there is none.
     difference: from the baseline, or None for the baseline itself or without a finished run.
-    diverged: runs that diverged.
-    failed: runs that failed.
-    unfinished: runs that are not done.
-    verdict: what can be said.
+    verdict: what can be said, and how many runs went wrong.
   """
 
   name: str
   summary: Summary | None
   difference: Difference | None
-  diverged: int
-  failed: int
-  unfinished: int
   verdict: str
 
 
@@ -76,38 +67,18 @@ def _compared(
     name=name,
     summary=summarise(list(values.values())) if values else None,
     difference=difference,
-    diverged=variant.count('diverged'),
-    failed=variant.count('failed'),
-    unfinished=variant.count('unfinished'),
-    verdict=_verdict(variant, values, difference, baseline is None),
+    verdict=_verdict(variant, difference, baseline is None),
   )
 
 
-def _verdict(
-  variant: VariantResult,
-  values: Mapping[int, float],
-  difference: Difference | None,
-  is_baseline: bool,
-) -> str:
+def _verdict(variant: VariantResult, difference: Difference | None, is_baseline: bool) -> str:
+  said = 'no finished run' if difference is None else difference.verdict
   remarks = [
     f'{count} of {len(variant.runs)} {status}'
     for status in ('diverged', 'failed', 'unfinished')
     if (count := variant.count(status))
   ]
-  if is_baseline:
-    remarks.insert(0, 'baseline')
-  elif not values:
-    remarks.insert(0, 'no finished run')
-  elif difference is None or not difference.pairs:
-    remarks.insert(0, 'no seed in common with the baseline')
-  elif difference.pairs < 2:
-    remarks.insert(0, 'one seed: cannot be told')
-  elif not difference.known:
-    few = f', with {difference.pairs} seeds' if difference.pairs < ENOUGH else ''
-    remarks.insert(0, f'not distinguishable{few}')
-  else:
-    remarks.insert(0, 'lower' if difference.mean < 0 else 'higher')
-  return '; '.join(remarks)
+  return '; '.join(['baseline' if is_baseline else said, *remarks])
 
 
 HEADERS = ('variant', 'steps', 'parameters', 'met by a token', 'FLOPs', 'mean ± error', 'seeds')
@@ -129,9 +100,9 @@ def rows(results: Results, figure: str | None = None) -> list[tuple[str, ...]]:
         si(variant.parameters),
         si(variant.active),
         f'{variant.flops:.3g}',
-        '—' if summary is None else _with_error(summary),
+        '—' if summary is None else summary.text,
         '0' if summary is None else str(summary.seeds),
-        '' if difference is None else _interval(difference),
+        '' if difference is None else difference.text,
         compared.verdict,
       )
     )
@@ -141,22 +112,6 @@ def rows(results: Results, figure: str | None = None) -> list[tuple[str, ...]]:
 def headers(results: Results) -> tuple[str, ...]:
   """Returns the names of the columns of `rows`."""
   return (*HEADERS, f'less {results.baseline} [{CONFIDENCE:.0%}]', 'verdict')
-
-
-def _with_error(summary: Summary) -> str:
-  error = '' if math.isnan(summary.error) else f' ± {_figure(summary.error)}'
-  return f'{_figure(summary.mean)}{error}'
-
-
-def _interval(difference: Difference) -> str:
-  if math.isnan(difference.mean):
-    return ''
-  ends = '' if math.isnan(difference.low) else f' [{difference.low:+.4f}, {difference.high:+.4f}]'
-  return f'{difference.mean:+.4f}{ends}'
-
-
-def _figure(value: float) -> str:
-  return f'{value:.4f}' if abs(value) < 100 else f'{value:,.0f}'
 
 
 def markdown(results: Results, figure: str | None = None) -> str:

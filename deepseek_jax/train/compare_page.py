@@ -15,6 +15,7 @@ from deepseek_jax.train.history import (
   layer_column,
   loss_key,
   read_history,
+  recent,
   shown_range,
   wall_clock,
 )
@@ -108,25 +109,19 @@ def _last(history: History, key: str) -> float:
   return float(known[-1]) if known.size else np.nan
 
 
-def _recent(values: np.ndarray) -> float:
-  """Mean of the last twentieth of what was logged."""
-  known = values[np.isfinite(values)]
-  return float(known[-max(1, len(known) // 20) :].mean()) if known.size else np.nan
-
-
 def _measures(key: str) -> list[tuple[str, Callable[[History], float], Callable[[float], str]]]:
   four = lambda x: f'{x:.4f}'  # noqa: E731
   unit = ' '.join(filter(None, LOSS_TITLES[key])).lower()
   median = lambda name: lambda h: _median(column(h.rows, name))  # noqa: E731
   return [
     (f'held out, {unit}', lambda h: _last(h, key), four),
-    (f'training, {unit}', lambda h: _recent(column(h.rows, key)), four),
+    (f'training, {unit}', lambda h: recent(column(h.rows, key)), four),
     ('steps', lambda h: float(h.step), lambda x: f'{x:,.0f}'),
     ('time', lambda h: _most(wall_clock(h.rows)), duration),
     ('tokens per second', median('tokens_per_second'), lambda x: f'{x:,.0f}'),
     ('MFU', median('mfu'), lambda x: f'{x:.1%}'),
     ('peak memory, GiB', lambda h: _most(column(h.rows, 'peak_memory_bytes')) / 2**30, four),
-    ('max violation', lambda h: _recent(layer_column(h.rows, 'max_violation')), four),
+    ('max violation', lambda h: recent(layer_column(h.rows, 'max_violation')), four),
     ('faults', lambda h: float(len(h.faults)), lambda x: f'{x:.0f}'),
   ]
 

@@ -169,6 +169,16 @@ def smooth(values: np.ndarray, window: int) -> np.ndarray:
   return np.divide(total, count, out=np.full(len(values), math.nan), where=count > 0.5)
 
 
+def recent(values: np.ndarray) -> float:
+  """Mean of the last twentieth of a column that is finite; NaN where nothing is.
+
+  Args:
+    values: float64 [n].
+  """
+  known = values[np.isfinite(values)]
+  return float(known[-max(1, len(known) // 20) :].mean()) if known.size else math.nan
+
+
 def shown_range(curves: Sequence[np.ndarray], levels: Sequence[float]) -> tuple[float, float]:
   """What a plot of losses shows: everything but the first steps, which are far above the rest.
 

@@ -2,7 +2,7 @@
 """# Swap a part: the same run with another attention
 
 Does a small model that trains for two minutes need to look further back than 32 tokens? Two
-variants, equal seeds, equal text in equal order, and a difference with its standard error.
+variants, equal seeds, equal text in equal order, and a difference with its interval.
 """
 
 # %%
@@ -33,9 +33,8 @@ trials = {
 lab.plot_curves(trials)
 
 # %% [markdown]
-"""The difference is taken seed by seed. A difference of less than two or three standard errors is
-none that so few seeds can show, whichever sign it has; with one seed there is no error to compare
-it to.
+"""The difference is taken seed by seed. One whose interval holds zero is none that so few seeds can
+show, whichever sign it has; with one seed there is no interval.
 """
 
 # %%

@@ -120,13 +120,16 @@ def test_the_difference_is_paired(trial):
   spread = np.std([1, 2, 3], ddof=1) / math.sqrt(3)
   assert f'2.0000 ± {spread:.4f}' in first
   assert '–' in first
-  assert '+0.1000 ± 0.0000' in second
+  assert '+0.1000 [+0.1000, +0.1000]  higher' in second
 
 
 def test_one_seed_has_no_error(trial):
   """And seeds that are not shared cannot be paired."""
   base, one = made_of(trial, [1.0, 2.0], (0, 1)), made_of(trial, [2.5], (1,))
-  assert '+0.5000 ± ?' in lab.compare({'base': base, 'one': one}).splitlines()[-1]
+  last = lab.compare({'base': base, 'one': one}).splitlines()[-1]
+  assert '2.5000 ± ?' in last
+  assert '+0.5000 [?]' in last
+  assert 'one seed: cannot be told' in last
   with pytest.raises(ConfigError, match=r"'far' has seeds \(7,\)"):
     lab.compare({'base': base, 'far': made_of(trial, [1.0], (7,))})
   with pytest.raises(ConfigError, match='at least 1 trial'):
