@@ -99,6 +99,11 @@ def evaluate_text(name: str, result: Any, data: Any, workdir: Any, cache: pathli
     f'{data.heldout.text_bytes:,} bytes of {data.heldout.documents} held-out documents, '
     f'{result.targets:,} tokens, {result.loss:.4f} nats a token'
   )
+  if result.mtp_acceptance is not None:
+    print(
+      f'MTP: {result.mtp_loss:.4f} nats a token further ahead; its choice of the second token is '
+      f"the model's own in {result.mtp_acceptance:.1%} of places"
+    )
 
 
 def caption_report(name: str, figures: dict[str, Any]) -> str:

@@ -240,7 +240,7 @@ def _figures(history: History) -> dict[str, float]:
   found: dict[str, float] = {}
   if history.evaluations:
     # What was not finite is null in the file.
-    for name in ('loss', 'bits_per_byte', 'mtp_loss'):
+    for name in ('loss', 'bits_per_byte', 'mtp_loss', 'mtp_acceptance'):
       found[name] = float(column(history.evaluations, name)[-1])
   rows = history.rows
   for name, values in (

@@ -38,15 +38,38 @@ def chunked_cross_entropy(
   return _loss_and_gradients(hidden, head, targets, weights, chunk, gradients=False)[0]
 
 
-def _loss_and_gradients(hidden, head, targets, weights, chunk, gradients):
-  batch, length, width = hidden.shape
+def chunked_argmax(hidden: jax.Array, head: jax.Array, chunk: int = 128) -> jax.Array:
+  """The likeliest token of every position, `chunk` positions of each row at a time.
+
+  Args:
+    hidden: [B, T, D] final hidden states.
+    head: [D, V] output matrix in the dtype of `hidden`.
+    chunk: positions of each row taken together.
+
+  Returns:
+    [B, T] int32; the first of equally likely ones. At most [B, chunk, V] float32 logits are alive.
+  """
+
+  def choose(h):
+    logits = jnp.einsum('btd,dv->btv', h, head, preferred_element_type=jnp.float32)
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  batch, length, _ = hidden.shape
+  chosen = jnp.moveaxis(jax.lax.map(choose, _split(hidden, chunk)), 0, 1)
+  return chosen.reshape(batch, -1)[:, :length]
+
+
+def _split(x: jax.Array, chunk: int) -> jax.Array:
+  """Cuts [B, T, …] into [chunks, B, chunk, …], zeros at the end."""
+  batch, length = x.shape[:2]
   chunk = min(chunk, length)
   chunks = -(-length // chunk)
-  padding = chunks * chunk - length
+  x = jnp.pad(x, ((0, 0), (0, chunks * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+  return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
 
-  def split(x):
-    x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(batch, chunks, chunk, *x.shape[2:]), 1, 0)
+
+def _loss_and_gradients(hidden, head, targets, weights, chunk, gradients):
+  batch, length, width = hidden.shape
 
   def body(carry, piece):
     total, grad_head = carry
@@ -68,10 +91,10 @@ def _loss_and_gradients(hidden, head, targets, weights, chunk, gradients):
 
   start = (jnp.float32(0), jnp.zeros(head.shape if gradients else (), jnp.float32))
   (total, grad_head), grad_hidden = jax.lax.scan(
-    body, start, (split(hidden), split(targets), split(weights))
+    body, start, tuple(_split(x, chunk) for x in (hidden, targets, weights))
   )
   if gradients:
-    grad_hidden = jnp.moveaxis(grad_hidden, 0, 1).reshape(batch, chunks * chunk, width)
+    grad_hidden = jnp.moveaxis(grad_hidden, 0, 1).reshape(batch, -1, width)
     grad_hidden = grad_hidden[:, :length]
   return total, grad_hidden, grad_head
 

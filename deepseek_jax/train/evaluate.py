@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from deepseek_jax.data.batch import Batch, Rows
 from deepseek_jax.data.packed_split import heldout_batches
@@ -19,11 +20,21 @@ class Evaluation(NamedTuple):
     loss: nats a token.
     bits_per_byte: bits a byte of the text; comparable between tokenizers.
     targets: tokens that were predicted.
+    mtp_loss: nats a token of those further ahead, the mean over the depths of MTP; None without.
+    mtp_acceptance: share of tokens two places ahead at which the first depth of MTP chooses what
+      the model itself chooses a place later, both greedily and reading the text as it is; what
+      speculative decoding would gain by. None without MTP.
   """
 
   loss: float
   bits_per_byte: float
   targets: int
+  mtp_loss: float | None = None
+  mtp_acceptance: float | None = None
+
+  def numbers(self) -> dict[str, float]:
+    """Returns name → figure of those that there are."""
+    return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def bits_per_byte(loss: float, split: Rows) -> float:
@@ -51,7 +62,7 @@ def evaluate(
   if batches is not None and batches < total:
     numbers = {i * total // batches for i in range(batches)}
     chosen = itertools.compress(chosen, (number in numbers for number in range(total)))
-  sums = {'nats': 0.0, 'targets': 0.0}
+  sums: dict[str, Any] = {'nats': 0.0, 'targets': 0.0}
   # The next batch is sent off before the last one is waited for.
   pending = None
   for batch in chosen:
@@ -59,10 +70,17 @@ def evaluate(
     pending, ready = current, pending
     _add(sums, ready)
   _add(sums, pending)
-  loss = sums['nats'] / max(sums['targets'], 1.0)
-  return Evaluation(loss, bits_per_byte(loss, split), int(sums['targets']))
+  loss = float(sums['nats'] / max(sums['targets'], 1.0))
+  result = Evaluation(loss, bits_per_byte(loss, split), int(sums['targets']))
+  if 'accepted' not in sums:
+    return result
+  targets = np.maximum(sums['mtp_targets'], 1.0)
+  return result._replace(
+    mtp_loss=float(np.mean(sums['mtp_nats'] / targets)),
+    mtp_acceptance=float(sums['accepted'] / targets[0]),
+  )
 
 
-def _add(sums: dict[str, float], values: Any) -> None:
+def _add(sums: dict[str, Any], values: Any) -> None:
   for key, value in ({} if values is None else values).items():
-    sums[key] += float(value)
+    sums[key] = sums.get(key, 0.0) + np.asarray(value, np.float64)

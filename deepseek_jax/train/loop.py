@@ -271,9 +271,11 @@ def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation
     evaluate, run.program, buffers=state.buffers, split=run.data.heldout, batches=batches
   )
   result = measure(state.params)
-  row = {'step': step, **result._asdict(), 'all': batches is None}
-  figures = {'bits_per_byte': result.bits_per_byte}
+  row = {'step': step, **result.numbers(), 'all': batches is None}
+  figures = {name: value for name, value in result.numbers().items() if name != 'targets'}
   message = f'step {step}  held-out bits/byte {result.bits_per_byte:.4f}  loss {result.loss:.4f}'
+  if result.mtp_acceptance is not None:
+    message += f'  second token accepted {result.mtp_acceptance:.1%}'
   if run.experiment.ema is not None:
     averaged = measure(state.ema)
     row |= {'ema_loss': averaged.loss, 'ema_bits_per_byte': averaged.bits_per_byte}

@@ -10,7 +10,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.context import Context
 from deepseek_jax.models.decoder import Decoder, shift_left
-from deepseek_jax.ops.losses import chunked_cross_entropy
+from deepseek_jax.ops.losses import chunked_argmax, chunked_cross_entropy
 from deepseek_jax.optim.schedule import Constant, Schedule, ScheduleFn
 from deepseek_jax.sharding.rules import Rules
 
@@ -118,13 +118,8 @@ def training_loss(
     The scalar to differentiate; a dict of scalars that add up over microbatches (`loss` and
     `mtp_loss` in nats a token, `auxiliary_loss`); and the collection `observed`.
   """
-
-  def forward(module: Decoder, context: Context):
-    hidden, _ = module(context)
-    return [hidden, *module.look_ahead(hidden, context)], module.head_matrix()
-
   (hiddens, head), reported = decoder.apply(
-    variables, context, method=forward, mutable=['losses', 'observed']
+    variables, context, method=_every_depth, mutable=['losses', 'observed']
   )
   depth = len(hiddens) - 1
   weights, divisors = target_weights(batch, depth), totals.targets
@@ -151,12 +146,37 @@ def training_loss(
   return total, (scalars, reported.get('observed', {}))
 
 
+def _every_depth(module: Decoder, context: Context) -> tuple[list[jax.Array], jax.Array]:
+  """Returns hidden states [B, T, D], the next token's first, and the output matrix [D, V]."""
+  hidden, _ = module(context)
+  return [hidden, *module.look_ahead(hidden, context)], module.head_matrix()
+
+
 def evaluation_sums(
   decoder: Decoder, variables: dict[str, Any], batch: Batch, context: Context, chunk: int
 ) -> dict[str, jax.Array]:
-  """Returns the summed nats and the number of targets of a batch [B, T], as scalars."""
-  (hidden, head) = decoder.apply(
-    variables, context, method=lambda module, c: (module(c)[0], module.head_matrix())
-  )
-  nats = chunked_cross_entropy(hidden, head, batch.targets, batch.weights, chunk)
-  return {'nats': nats, 'targets': jnp.sum(batch.weights)}
+  """Returns sums over a batch [B, T], which add up over batches.
+
+  Returns:
+    `nats` and `targets`, [] float32, of the next token. With MTP also `mtp_nats` and
+    `mtp_targets`, [depth], of the tokens beyond; and `accepted`, []: how many of the first depth's
+    targets are proposed right, that is, where its likeliest token is the one that the model itself
+    finds likeliest a place later. Both read the text as it is, not what they chose.
+  """
+  hiddens, head = decoder.apply(variables, context, method=_every_depth)
+  depth = len(hiddens) - 1
+  weights = target_weights(batch, depth)
+  nats = [
+    chunked_cross_entropy(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
+    for k, hidden in enumerate(hiddens)
+  ]
+  targets = jnp.sum(weights, axis=(1, 2))
+  sums = {'nats': nats[0], 'targets': targets[0]}
+  if depth:
+    own, proposed = (chunked_argmax(hidden, head, chunk) for hidden in hiddens[:2])
+    sums |= {
+      'mtp_nats': jnp.stack(nats[1:]),
+      'mtp_targets': targets[1:],
+      'accepted': jnp.sum((shift_left(own, 1) == proposed) * weights[1]),
+    }
+  return sums

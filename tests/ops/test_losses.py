@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.ops.losses import chunked_cross_entropy, cross_entropy_reference
+from deepseek_jax.ops.losses import (
+  chunked_argmax,
+  chunked_cross_entropy,
+  cross_entropy_reference,
+)
 
 B, T, D, V = 2, 7, 5, 11
 
@@ -91,3 +95,15 @@ def test_large_logits_do_not_overflow():
   value, grads = jitted(3)(100 * hidden, 100 * head, targets, weights)
   assert np.isfinite(value)
   assert all(np.all(np.isfinite(g)) for g in grads)
+
+
+@pytest.mark.parametrize('chunk', [1, 3, 7, 128])
+def test_argmax(chunk):
+  """As from all logits at once; of equal logits the first."""
+  hidden, head, _, _ = inputs()
+  head = head.at[:, 10].set(head[:, 8])
+  got = chunked_argmax(hidden, head, chunk)
+  want = np.argmax(np.asarray(hidden) @ np.asarray(head), axis=-1)
+  assert got.dtype == jnp.int32
+  assert (want == 8).any()
+  np.testing.assert_array_equal(got, want)

@@ -139,8 +139,29 @@ def test_bits_per_byte():
 
 
 def test_nothing_but_what_was_measured():
-  """The result is three plain numbers, ready for JSON."""
+  """The result is three plain numbers, ready for JSON, where the model looks no further ahead."""
   program = Recorder(1)
   result = evaluate(program, 'params', 'buffers', split_of([3]))
   assert isinstance(result, Evaluation)
-  assert [type(value) for value in result] == [float, float, int]
+  numbers = result.numbers()
+  assert list(numbers) == ['loss', 'bits_per_byte', 'targets']
+  assert [type(value) for value in numbers.values()] == [float, float, int]
+
+
+def test_further_ahead():
+  """Sums of batches, not means of means; the mean over depths, acceptance of the first."""
+
+  class Ahead(Recorder):
+    def evaluate(self, params, buffers, batch):
+      sums = super().evaluate(params, buffers, batch)
+      first = len(self.seen) == 1
+      return sums | {
+        'mtp_nats': jnp.array([6.0, 2.0]) if first else jnp.array([2.0, 4.0]),
+        'mtp_targets': jnp.array([3.0, 1.0]) if first else jnp.array([1.0, 1.0]),
+        'accepted': jnp.float32(2 if first else 1),
+      }
+
+  result = evaluate(Ahead(1), 'params', 'buffers', split_of([25, 25]))
+  assert result.mtp_loss == pytest.approx((8 / 4 + 6 / 2) / 2)
+  assert result.mtp_acceptance == pytest.approx(3 / 4)
+  assert all(type(value) in (float, int) for value in result.numbers().values())

@@ -130,10 +130,10 @@ def test_totals_of_no_target():
   np.testing.assert_array_equal(objective.batch_totals(empty, 1).targets, [1, 1])
 
 
-def test_loss_against_slow_sums(model, loss):
-  """Every target's log-probability in float64, by hand, at every depth."""
+@pytest.fixture(scope='module')
+def every_logit(model):
+  """Logits [1 + depth, B, T, V] of the packed rows in float64, and the layers' losses."""
   decoder, variables = model
-  batch, weight = packed(), 0.3
 
   def logits(variables):
     def forward(module, context):
@@ -141,11 +141,17 @@ def test_loss_against_slow_sums(model, loss):
       every = [hidden, *module.look_ahead(hidden, context)]
       return jnp.stack([module.logits(h, context) for h in every])
 
-    context = objective.batch_context(jax.tree.map(jnp.asarray, batch), Rules())
+    context = objective.batch_context(jax.tree.map(jnp.asarray, packed()), Rules())
     return decoder.apply(variables, context, method=forward, mutable=['losses'])
 
   values, reported = compiled(logits, variables)
-  values = np.asarray(values, np.float64)
+  return np.asarray(values, np.float64), reported
+
+
+def test_loss_against_slow_sums(every_logit, loss):
+  """Every target's log-probability in float64, by hand, at every depth."""
+  values, reported = every_logit
+  batch, weight = packed(), 0.3
   top = values.max(axis=-1, keepdims=True)
   log_probability = values - top - np.log(np.exp(values - top).sum(axis=-1, keepdims=True))
   nats, counts = np.zeros(DEPTH + 1), np.zeros(DEPTH + 1)
@@ -168,6 +174,33 @@ def test_loss_against_slow_sums(model, loss):
   # Each layer routed every real token to two experts, padding to none that count.
   for load in jax.tree.leaves(observed):
     assert load.sum() == 2 * 24
+
+
+def test_evaluation_against_slow_sums(model, every_logit):
+  """Nats of every depth, and how often the second token's proposal is what the model chooses."""
+  decoder, variables = model
+  batch = packed()
+  values, _ = every_logit
+  top = values.max(axis=-1, keepdims=True)
+  log_probability = values - top - np.log(np.exp(values - top).sum(axis=-1, keepdims=True))
+  nats, counts, accepted = np.zeros(DEPTH + 1), np.zeros(DEPTH + 1), 0
+  for row, place, depth in slow_targets(batch):
+    nats[depth] -= log_probability[depth, row, place, batch.targets[row, place + depth]]
+    counts[depth] += 1
+    if depth == 1:
+      accepted += values[1, row, place].argmax() == values[0, row, place + 1].argmax()
+
+  def run(variables):
+    parts = jax.tree.map(jnp.asarray, batch)
+    context = objective.batch_context(parts, Rules())
+    return objective.evaluation_sums(decoder, variables, parts, context, CHUNK)
+
+  sums = compiled(run, variables)
+  assert sums['nats'] == pytest.approx(nats[0], rel=1e-6)
+  assert sums['targets'] == counts[0]
+  np.testing.assert_allclose(sums['mtp_nats'], nats[1:], rtol=1e-6)
+  np.testing.assert_array_equal(sums['mtp_targets'], counts[1:])
+  assert sums['accepted'] == accepted
 
 
 def test_parts_add_up(loss):
