@@ -118,6 +118,7 @@ def plan(question: Any, output: pathlib.Path | None, write: bool, quiet: bool = 
 def describe(question: Any, made: Any) -> str:
   """Returns what a sweep runs, in words."""
   from deepseek_jax.core.describe import table
+  from deepseek_jax.lab.groups import pair_up
   from deepseek_jax.lab.match import describe_match
 
   rows = [
@@ -127,7 +128,7 @@ def describe(question: Any, made: Any) -> str:
   parts = [table(rows, ('', 'variant', 'differs from the base in', 'steps'))]
   if question.match is not None:
     matched = {variant.name: variant.matched for variant in made.variants}
-    parts.append(describe_match(question.match, matched, made.baseline))
+    parts.append(describe_match(question.match, matched, pair_up(made.baseline, matched)))
   if made.precision is not None:
     parts.append(f'precision of all runs, measured: {made.precision}')
   runs = len(rows) * len(question.seeds)

@@ -160,14 +160,17 @@ type Match = ActiveParameters | FlopsPerToken | WallClock
 
 
 def match_steps(
-  match: Match, programs: Mapping[str, Program], baseline: str, cache_dir: pathlib.Path
+  match: Match,
+  programs: Mapping[str, Program],
+  baselines: Mapping[str, str],
+  cache_dir: pathlib.Path,
 ) -> dict[str, Matched]:
   """Says how many steps each variant gets.
 
   Args:
     match: the rule.
     programs: variant → its functions, from `build_program`.
-    baseline: the variant whose run the others cost as much as.
+    baselines: variant → the variant whose run it costs as much as.
     cache_dir: folder for tokens and pack plans.
 
   Returns:
@@ -177,17 +180,18 @@ def match_steps(
     ConfigError: with every variant that cannot be matched.
   """
   experiments = {name: program.experiment for name, program in programs.items()}
-  own = {experiment.train_steps for experiment in experiments.values()}
-  if len(own) > 1 and not isinstance(match, ActiveParameters):
-    raise ConfigError(
-      f'variants ask for {", ".join(map(str, sorted(own)))} train_steps, and match = '
-      f'{type(match).__name__}() sets them; leave one of the two out'
-    )
+  for group in dict.fromkeys(baselines[name] for name in experiments):
+    own = {e.train_steps for name, e in experiments.items() if baselines[name] == group}
+    if len(own) > 1 and not isinstance(match, ActiveParameters):
+      raise ConfigError(
+        f'variants ask for {", ".join(map(str, sorted(own)))} train_steps, and match = '
+        f'{type(match).__name__}() sets them; leave one of the two out'
+      )
   costs = match.measure(programs, cache_dir)
-  asked = experiments[baseline].train_steps
-  reference = Matched(cost=costs[baseline], asked_steps=asked, steps=asked)
   errors, result = [], {}
   for name, experiment in experiments.items():
+    asked = experiments[baselines[name]].train_steps
+    reference = Matched(cost=costs[baselines[name]], asked_steps=asked, steps=asked)
     try:
       steps = match.steps(experiment, costs[name], reference)
       result[name] = Matched(cost=costs[name], asked_steps=experiment.train_steps, steps=steps)
@@ -198,27 +202,29 @@ def match_steps(
   return result
 
 
-def describe_match(match: Match, matched: Mapping[str, Matched], baseline: str) -> str:
+def describe_match(
+  match: Match, matched: Mapping[str, Matched], baselines: Mapping[str, str]
+) -> str:
   """Returns a table of what was adjusted.
 
   Args:
     match: the rule.
     matched: variant → what was adjusted.
-    baseline: the variant the others were matched to.
+    baselines: variant → the variant it was matched to.
   """
-  reference = matched[baseline].cost
   rows = [
     (
       name,
       duration(row.cost) if isinstance(match, WallClock) else si(row.cost),
-      f'{row.cost / reference:.3f}',
+      f'{row.cost / matched[baselines[name]].cost:.3f}',
       row.asked_steps,
       row.steps,
       f'{row.steps / row.asked_steps - 1:+.1%}' if row.steps != row.asked_steps else 'as asked',
     )
     for name, row in matched.items()
   ]
-  headers = ('variant', match.unit, f'against {baseline}', 'steps asked for', 'steps', 'adjusted')
+  against = ' or '.join(dict.fromkeys(baselines[name] for name in matched))
+  headers = ('variant', match.unit, f'against {against}', 'steps asked for', 'steps', 'adjusted')
   return f'matched by {type(match).__name__}\n{table(rows, headers)}'
 
 

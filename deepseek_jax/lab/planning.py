@@ -12,6 +12,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import BFloat16, Fastest, Float32, Precision
 from deepseek_jax.core.serialise import digest, to_python
 from deepseek_jax.core.sweep import list_faults, note_faults
+from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.match import Matched, WallClock, match_steps
 from deepseek_jax.lab.question import Question
 from deepseek_jax.lab.sweep_file import Plan, Planned
@@ -47,9 +48,10 @@ def make_plan(question: Question, cache_dir: pathlib.Path, kept: Plan | None = N
   programs = _build({name: experiments[name] for name in fresh})
   matched: dict[str, Matched] = {}
   if question.match is not None:
-    if fresh and question.baseline not in programs:
-      programs |= _build({question.baseline: experiments[question.baseline]})
-    found = match_steps(question.match, programs, question.baseline, cache_dir) if fresh else {}
+    baselines = pair_up(question.baseline, experiments)
+    needed = {baselines[name] for name in fresh} - set(programs)
+    programs |= _build({name: experiments[name] for name in needed})
+    found = match_steps(question.match, programs, baselines, cache_dir) if fresh else {}
     for name in experiments:
       earlier = known[asked[name]].matched if asked[name] in known else None
       matched[name] = earlier or found[name]

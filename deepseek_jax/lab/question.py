@@ -5,16 +5,18 @@ The file has two functions and may have two names:
   def base() -> Experiment: …       what every variant begins as
   def variants() -> Sweep: …        what is tried, seeds included: product(…, seeds(3))
   match = FlopsPerToken()           at what equal cost variants compare (deepseek_jax/lab/match.py)
-  baseline = 'base'                 the variant that others are compared with; the first if absent
+  baseline = 'base'                 what others are compared with; the first if absent. A variant's
+                                    name, or the last part of several (deepseek_jax/lab/groups.py)
 """
 
 import dataclasses
 import pathlib
 from typing import Any
 
-from deepseek_jax.core.config import ConfigError, did_you_mean
+from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.load import call_function, load_module
 from deepseek_jax.core.sweep import Sweep, Variant, resolve, split_seeds
+from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.match import Match
 from deepseek_jax.train.experiment import Experiment
 
@@ -31,7 +33,7 @@ class Question:
     variants: in order.
     seeds: of each variant.
     match: at what equal cost variants compare, or None to leave their steps alone.
-    baseline: name of the variant that others are compared with.
+    baseline: what others are compared with; see `groups`.
   """
 
   name: str
@@ -104,12 +106,11 @@ def _match(module: Any, file: pathlib.Path) -> Match | None:
 
 def _baseline(module: Any, file: pathlib.Path, names: list[str]) -> str:
   errors = [f'a variant cannot be called {name}' for name in names if name.casefold() in RESERVED]
-  baseline = getattr(module, 'baseline', names[0])
-  if baseline not in names:
-    near = did_you_mean(str(baseline), names)
-    errors.append(
-      f'`baseline` in {file} is {baseline!r}, which is none of [{", ".join(names)}]{near}'
-    )
+  baseline = str(getattr(module, 'baseline', names[0]))
+  try:
+    pair_up(baseline, names)
+  except ConfigError as error:
+    errors += [f'{file}: {message}' for message in error.messages]
   if errors:
     raise ConfigError(errors)
   return baseline

@@ -114,7 +114,7 @@ class Results:
   Attributes:
     question: name of the experiment's folder.
     version: of deepseek_jax that ran it.
-    baseline: the variant that others are compared with.
+    baseline: what others are compared with; see `groups`.
     match: how steps were made to compare, or None.
     precision: that was measured to be the fastest, or None.
     platform: of the devices.

@@ -5,7 +5,7 @@ printed, `DIR/compiled/` the compiled programs that runs share. `DIR/sweep.json`
 
   question      name of the experiment's folder
   version       of deepseek_jax; results of another version are refused
-  baseline      the variant that others are compared with
+  baseline      what others are compared with: see deepseek_jax/lab/groups.py
   match         how steps were made to compare, as Python; null where they were not
   seeds         every seed that was ever asked for; each sets `seed` and `data.shuffle_seed`
   precision     what Fastest() was measured to be, the same for all runs; null where none asks
@@ -72,7 +72,7 @@ class Plan:
 
   Attributes:
     question: name of the experiment's folder.
-    baseline: the variant that others are compared with.
+    baseline: what others are compared with; see `groups`.
     match: how steps were made to compare, as Python, or None.
     seeds: every seed that was ever asked for.
     precision: what `Fastest` was measured to be, or None where no variant asks.

@@ -5,6 +5,7 @@ import io
 
 from matplotlib.figure import Figure
 
+from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.results import Results
 from deepseek_jax.lab.sweep_pictures import pictures
 from deepseek_jax.lab.verdict import FIGURES, caption, compare, headers, rows
@@ -37,15 +38,16 @@ def sentences(results: Results) -> list[str]:
   """Returns what was found, a sentence for each variant that differs from the baseline."""
   unit = FIGURES[results.figure]
   lines = []
+  pairs = pair_up(results.baseline, results.variants)
   for one in compare(results):
     if one.difference is not None and one.difference.known:
       low, high = one.difference.low, one.difference.high
       lines.append(
-        f'{one.name} is {one.verdict} than {results.baseline} by {abs(one.difference.mean):.4f} '
+        f'{one.name} is {one.verdict} than {pairs[one.name]} by {abs(one.difference.mean):.4f} '
         f'({min(abs(low), abs(high)):.4f} to {max(abs(low), abs(high)):.4f}) in {unit}, '
         f'{one.difference.pairs} seeds.'
       )
-    elif one.name != results.baseline:
+    elif one.name != pairs[one.name]:
       lines.append(f'{one.name}: {one.verdict}.')
   return lines
 

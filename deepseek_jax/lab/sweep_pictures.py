@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from deepseek_jax.lab.groups import families, pair_up
 from deepseek_jax.lab.picture import COLOURS, Picture
 from deepseek_jax.lab.results import Results
 from deepseek_jax.lab.statistics import CONFIDENCE, fit_power_law, scaling_band
@@ -71,12 +72,13 @@ def draw_differences(results: Results, figure_name: str | None = None) -> Figure
   name = figure_name or results.figure
   compared = [c for c in compare(results, name) if c.difference and c.difference.pairs]
   figure, axes = figure_of(height=1.2 + 0.45 * max(len(compared), 1))
-  baseline = results.variants[results.baseline].finished(name)
+  pairs = pair_up(results.baseline, results.variants)
   for at, one in enumerate(reversed(compared)):
     difference = one.difference
     assert difference is not None
     colour = COLOURS[0] if difference.known else '#888888'
     values = results.variants[one.name].finished(name)
+    baseline = results.variants[pairs[one.name]].finished(name)
     points = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     axes.plot(points, [at] * len(points), 'o', color=colour, ms=3.5, alpha=0.5)
     if difference.pairs > 1:
@@ -94,44 +96,43 @@ def draw_differences(results: Results, figure_name: str | None = None) -> Figure
 
 
 def draw_scaling(results: Results) -> Figure:
-  """Draws the deciding figure against training FLOPs, with the law fitted to all variants."""
+  """Draws the deciding figure against training FLOPs, and the law fitted to each family."""
   figure, axes = figure_of()
-  points = [
-    (variant.flops, value)
-    for variant in results.variants.values()
-    for value in variant.finished(results.figure).values()
-  ]
-  compute, loss = (np.array(column) for column in zip(*points, strict=True))
-  axes.plot(compute, loss, 'o', color=COLOURS[0], ms=4)
-  _draw_law(axes, compute, loss, COLOURS[0])
+  for number, (family, names) in enumerate(families(results.baseline, results.variants).items()):
+    points = [
+      (results.variants[name].flops, value)
+      for name in names
+      for value in results.variants[name].finished(results.figure).values()
+    ]
+    if points:
+      colour = COLOURS[number % len(COLOURS)]
+      compute, loss = (np.array(column) for column in zip(*points, strict=True))
+      axes.plot(compute, loss, 'o', color=colour, ms=4)
+      _draw_law(axes, compute, loss, colour, family)
   axes.set_xscale('log')
   axes.set_xlabel('training FLOPs')
   axes.set_ylabel(FIGURES[results.figure])
+  axes.legend(frameon=False, fontsize=8)
   return figure
 
 
-def _draw_law(axes: Axes, compute: np.ndarray, loss: np.ndarray, colour: str) -> None:
+def _draw_law(axes: Axes, compute: np.ndarray, loss: np.ndarray, colour: str, family: str) -> None:
   sizes = np.unique(compute)
   if len(sizes) < 2:
+    axes.plot([], [], 'o', color=colour, label=f'{family or "runs"}: one size, no law')
     return
   law = fit_power_law(compute, loss)
   inside = np.geomspace(sizes[0], sizes[-1], 60)
   beyond = np.geomspace(sizes[-1], sizes[-1] * BEYOND, 40)
-  axes.plot(inside, law(inside), color=colour, lw=1.2)
+  floor = f' + {law.floor:.2f}' if law.floor else ''
+  formula = f'{law.scale:.3g} · FLOPs^{-law.exponent:.3f}{floor}'
+  label = f'{family}: {formula}' if family else formula
+  axes.plot(inside, law(inside), color=colour, lw=1.2, label=label)
   axes.plot(beyond, law(beyond), color=colour, lw=1.2, ls='--')
   if min(np.sum(compute == size) for size in sizes) > 1:
     at = np.concatenate([inside, beyond])
     band = scaling_band(compute, loss, at)
     axes.fill_between(at, band.low, band.high, color=colour, alpha=0.15, lw=0)
-  floor = f' + {law.floor:.2f}' if law.floor else ''
-  axes.annotate(
-    f'{law.scale:.3g} · FLOPs^{-law.exponent:.3f}{floor}',
-    (sizes[-1], law(sizes[-1])),
-    xytext=(4, 10),
-    textcoords='offset points',
-    fontsize=8,
-    color=colour,
-  )
 
 
 def is_ladder(results: Results) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from deepseek_jax.core.describe import si
+from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.results import Results, VariantResult
 from deepseek_jax.lab.statistics import (
   CONFIDENCE,
@@ -53,10 +54,12 @@ def compare(results: Results, figure: str | None = None) -> list[Compared]:
     figure: a name of `FIGURES`; the one that decides by default.
   """
   figure = figure or results.figure
-  baseline = results.variants[results.baseline].finished(figure)
+  variants = results.variants
   return [
-    _compared(name, variant, figure, None if name == results.baseline else baseline)
-    for name, variant in results.variants.items()
+    _compared(
+      name, variants[name], figure, None if pair == name else variants[pair].finished(figure)
+    )
+    for name, pair in pair_up(results.baseline, variants).items()
   ]
 
 
@@ -127,7 +130,8 @@ def markdown(results: Results, figure: str | None = None) -> str:
 
 def caption(results: Results, figure: str) -> str:
   """Returns what the numbers are, and what they cannot say."""
-  others = len(results.variants) - 1
+  pairs = pair_up(results.baseline, results.variants)
+  others = sum(name != pair for name, pair in pairs.items())
   text = (
     f'{FIGURES[figure]}; mean over seeds ± standard error. Differences are paired by seed, with '
     f'the wider of a bootstrap and a Student interval at {CONFIDENCE:.0%}.'

@@ -163,7 +163,8 @@ def evaluation_sums(
     targets are proposed right, that is, where its likeliest token is the one that the model itself
     finds likeliest a place later. Both read the text as it is, not what they chose.
   """
-  hiddens, head = decoder.apply(variables, context, method=_every_depth)
+  found: Any = decoder.apply(variables, context, method=_every_depth)
+  hiddens, head = found
   depth = len(hiddens) - 1
   weights = target_weights(batch, depth)
   nats = [

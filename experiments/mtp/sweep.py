@@ -16,9 +16,9 @@ baseline = 'without'
 
 def base() -> Experiment:
   """Returns the model of `balance_kinds`."""
-  return override(balance_kinds.base(), {'name': 'mtp', 'train_steps': 300})[0]
+  return override(balance_kinds.base(), {'name': 'mtp', 'train_steps': 240})[0]
 
 
 def variants() -> Sweep:
   """Returns the model without and with a module that predicts the token after the next."""
-  return product(chain(without={'model.mtp': None}, mtp={'model.mtp': MTP(depth=1)}), seeds(5))
+  return product(chain(without={'model.mtp': None}, mtp={'model.mtp': MTP(depth=1)}), seeds(4))

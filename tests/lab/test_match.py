@@ -12,6 +12,7 @@ import pytest
 from configs import tiny_window
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.override import override
+from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.match import (
   ActiveParameters,
   FlopsPerToken,
@@ -35,7 +36,7 @@ def test_flops_of_whole_runs_are_equal(small, tmp_path):
     rows={'train_steps': 1000, 'data.batch_size': 16},
     long={'train_steps': 1000, 'data.length': 32},
   )
-  matched = match_steps(FlopsPerToken(), found, 'base', tmp_path)
+  matched = match_steps(FlopsPerToken(), found, pair_up('base', found), tmp_path)
   total = matched['base'].cost * 1000
   assert matched['base'].steps == 1000
   assert 250 < matched['deep'].steps < 1000
@@ -46,7 +47,7 @@ def test_flops_of_whole_runs_are_equal(small, tmp_path):
   for row in matched.values():
     assert row.asked_steps == 1000
     assert row.cost * row.steps == pytest.approx(total, rel=2e-3)
-  text = describe_match(FlopsPerToken(), matched, 'base')
+  text = describe_match(FlopsPerToken(), matched, pair_up('base', matched))
   assert 'training FLOPs a step' in text
   assert '-50.0%' in text
   assert 'as asked' in text
@@ -55,7 +56,9 @@ def test_flops_of_whole_runs_are_equal(small, tmp_path):
 def test_flops_are_six_a_weight_and_token_and_attention(small, tmp_path):
   """By hand, from the arrays themselves."""
   (program,) = programs(small, base={}).values()
-  cost = match_steps(FlopsPerToken(), {'base': program}, 'base', tmp_path)['base'].cost
+  cost = match_steps(
+    FlopsPerToken(), {'base': program}, pair_up('base', {'base': program}), tmp_path
+  )['base'].cost
   params = program.abstract_state.params
   leaves = jax.tree_util.tree_leaves_with_path(params)
   # Matrices have two axes beside that of the layers; norms have one, the embedding is looked up.
@@ -80,13 +83,13 @@ def test_active_parameters_are_required_and_steps_stay(small, tmp_path):
     deep={'model.depth': 3, 'model.dense_layers': 3},
   )
   alike = {name: found[name] for name in ('base', 'window')}
-  matched = match_steps(ActiveParameters(), alike, 'base', tmp_path)
+  matched = match_steps(ActiveParameters(), alike, pair_up('base', alike), tmp_path)
   assert [row.steps for row in matched.values()] == [20, 30]
   with pytest.raises(ConfigError) as caught:
-    match_steps(ActiveParameters(), found, 'base', tmp_path)
+    match_steps(ActiveParameters(), found, pair_up('base', found), tmp_path)
   assert [message.split(':')[0] for message in caught.value.messages] == ['wide', 'deep']
   assert 'of the baseline' in caught.value.messages[0]
-  match_steps(ActiveParameters(tolerance=0.9), found, 'base', tmp_path)
+  match_steps(ActiveParameters(tolerance=0.9), found, pair_up('base', found), tmp_path)
   with pytest.raises(ConfigError, match='tolerance'):
     ActiveParameters(tolerance=1.5)
 
@@ -119,10 +122,12 @@ def test_wall_clock_is_the_median_after_warming_up(small, tmp_path, monkeypatch)
     'base': Ticking(small, clock, [60.0, 9.0, 1.0, 1.0, 5.0, 1.0, 1.0]),
     'slow': Ticking(small, clock, [90.0, 4.0]),
   }
-  matched = match_steps(WallClock(timed_steps=5, warmup_steps=2), found, 'base', tmp_path)
+  matched = match_steps(
+    WallClock(timed_steps=5, warmup_steps=2), found, pair_up('base', found), tmp_path
+  )
   assert [row.cost for row in matched.values()] == [1.0, 4.0]
   assert [row.steps for row in matched.values()] == [20, 5]
-  assert '4.0 s' in describe_match(WallClock(), matched, 'base')
+  assert '4.0 s' in describe_match(WallClock(), matched, pair_up('base', matched))
   with pytest.raises(ConfigError, match='`timed_steps` is 0'):
     WallClock(timed_steps=0)
 
@@ -137,7 +142,7 @@ def test_what_no_steps_can_pay_is_refused(small):
 def test_steps_are_set_by_one_of_the_two(small, tmp_path):
   found = programs(small, base={}, short={'train_steps': 10})
   with pytest.raises(ConfigError, match='ask for 10, 20 train_steps'):
-    match_steps(FlopsPerToken(), found, 'base', tmp_path)
+    match_steps(FlopsPerToken(), found, pair_up('base', found), tmp_path)
 
 
 def test_kinds_are_frozen_and_comparable():
@@ -145,3 +150,20 @@ def test_kinds_are_frozen_and_comparable():
   assert hash(WallClock()) == hash(WallClock())
   with pytest.raises(dataclasses.FrozenInstanceError):
     ActiveParameters().tolerance = 0.5
+
+
+def test_groups_are_matched_each_to_its_own(small, tmp_path):
+  wide = {'model.width': 24}
+  found = programs(small, **{
+    'short,plain': {},
+    'short,wide': wide,
+    'long,plain': {'train_steps': 40},
+    'long,wide': {'train_steps': 40, **wide},
+  })  # fmt: skip
+  pairs = pair_up('plain', found)
+  matched = match_steps(FlopsPerToken(), found, pairs, tmp_path)
+  steps = {name: row.steps for name, row in matched.items()}
+  assert (steps['short,plain'], steps['long,plain']) == (20, 40)
+  assert steps['short,wide'] < 20
+  assert steps['long,wide'] == pytest.approx(2 * steps['short,wide'], abs=1)
+  assert 'against short,plain or long,plain' in describe_match(FlopsPerToken(), matched, pairs)

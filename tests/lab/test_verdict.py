@@ -119,6 +119,25 @@ def test_the_page_is_whole_and_loads_nothing(results):
   assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
+def test_groups_are_compared_each_within_itself(results):
+  noise = NOISE[:3]
+  sizes = {
+    f'size_{n},{label}': a_variant(
+      [a_run(3 - 0.2 * n + less + x / 20) for x in noise], flops=10.0 ** (10 + n)
+    )
+    for n in range(3)
+    for label, less in (('rule', 0.0), ('low', 0.1 * (n - 1)))
+  }
+  ladder = dataclasses.replace(results, baseline='rule', variants=sizes)
+  found = verdicts(ladder)
+  assert [found[f'size_{n},rule'] for n in range(3)] == ['baseline'] * 3
+  assert [found[f'size_{n},low'] for n in range(3)] == ['lower', 'not distinguishable', 'higher']
+  assert 'less rule' in ' '.join(headers(ladder))
+  assert sentences(ladder)[0].startswith('size_0,low is lower than size_0,rule by 0.1000')
+  legend = pictures(ladder)['scaling'].axes[0].get_legend()
+  assert [text.get_text().split(':')[0] for text in legend.get_texts()] == ['rule', 'low']
+
+
 def test_pictures(results, tmp_path):
   assert set(pictures(results)) == {'curves', 'differences'}
   sizes = {
