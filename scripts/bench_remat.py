@@ -103,7 +103,7 @@ def ready(chosen: Any) -> tuple[Any, Any, Any]:
   from deepseek_jax.train.step import build_program
 
   program = build_program(chosen)
-  step = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
+  step = program.step.compile(program.abstract_state, program.abstract_batch())
   shape = (chosen.data.batch_size, chosen.data.length)
   tokens = np.random.default_rng(0).integers(3, 259, shape).astype(np.int32)
   positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()

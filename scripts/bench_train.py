@@ -170,7 +170,7 @@ def work(kind: str) -> None:
   else:
     program = build_program(experiment, jax.devices()[:1])
     shapes = (program.abstract_state, program.abstract_batch())
-    compiled = program.step.lower(*shapes).compile()
+    compiled = program.step.compile(*shapes)
     answer = step_contestant(program, compiled)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.abstract_state.params))
     start += answer.pop()
@@ -218,9 +218,11 @@ def roof_contestant(experiment: Any) -> list[Any]:
   even: Any = dataclasses.replace(model.feed_forward, dispatch=EvenLoads())
   model = dataclasses.replace(model, feed_forward=even)
   program = build_program(dataclasses.replace(experiment, model=model), jax.devices()[:1])
-  step = program.step.function
+  step = program.step
   with jax.set_mesh(program.mesh):
-    counts = products_of(step, program.abstract_state, program.abstract_batch())
+    counts = products_of(
+      step.function, program.abstract_state, program.abstract_batch(), *step.constants
+    )
   flops = sum(count * product.flops for product, count in counts.items())
   tokens = experiment.data.batch_size * experiment.data.length
   print(f'{flops / 1e9:.0f} GFLOP of products a step, {per_token * tokens / 1e9:.0f} by the model')

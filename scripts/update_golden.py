@@ -112,8 +112,8 @@ def curve_text(config: str, cache_dir: pathlib.Path) -> str:
   # The compiler's last polish takes longer than all the steps.
   options = {'xla_backend_optimization_level': 0}
   key = jax.random.key(experiment.seed)
-  state = program.init.lower(key).compile(options)(key)
-  step = program.step.lower(program.abstract_state, program.abstract_batch()).compile(options)
+  state = program.init.compile(key, options=options)(key)
+  step = program.step.compile(program.abstract_state, program.abstract_batch(), options=options)
   batches = experiment.data.prepare(cache_dir).train_batches(0)
   names: tuple[str, ...] = ('loss', 'grad_norm')
   if experiment.model.mtp is not None:

@@ -43,6 +43,8 @@ class AdamW:
   clip_norm: float | None = 1.0
   moments: MomentFormat = 'float32'
 
+  traced = ('peak_lr', 'weight_decay')
+
   def __post_init__(self):
     """Validates the fields.
 

@@ -35,6 +35,8 @@ class SignBias:
   rate: float = 1e-3
   schedule: Schedule = Constant()
 
+  traced = ('rate',)
+
   def __post_init__(self):
     """Validates the fields.
 

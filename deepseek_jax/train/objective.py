@@ -31,6 +31,8 @@ class NextToken:
   mtp_schedule: Schedule = Constant()
   chunk: int = 128
 
+  traced = ('mtp_weight',)
+
   def __post_init__(self):
     errors = []
     if self.mtp_weight < 0:

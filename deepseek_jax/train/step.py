@@ -25,6 +25,7 @@ from deepseek_jax.train.objective import (
   training_loss,
 )
 from deepseek_jax.train.state import TrainState, fresh_state
+from deepseek_jax.train.traced import Traced, traced_values, with_traced
 
 Metrics = dict[str, Any]
 
@@ -101,7 +102,11 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
   shardings = tree_shardings(mesh, specs)
   batch_sharding = NamedSharding(mesh, experiment.rules.spec(('batch', 'seq')))
   replicated = NamedSharding(mesh, PartitionSpec())
-  step = make_step(experiment, decoder, optimizer)
+
+  def step(state: TrainState, batch: Batch, values: Traced) -> tuple[TrainState, Metrics]:
+    run = with_traced(experiment, values)
+    return make_step(run, decoder, run.optimizer.build(schedule, axes['params']))(state, batch)
+
   evaluate = make_evaluate(experiment, decoder)
   return Program(
     experiment=experiment,
@@ -114,10 +119,11 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
       mesh,
       jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding),
+        in_shardings=(shardings, batch_sharding, replicated),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
       ),
+      constants=(traced_values(experiment),),
     ),
     evaluate=OnMesh(mesh, jax.jit(evaluate, out_shardings=replicated)),
     abstract_state=jax.tree.map(
@@ -140,21 +146,42 @@ def init_options(device: jax.Device) -> dict[str, Any] | None:
 
 
 class OnMesh:
-  """A jitted function that is always traced and run on its mesh."""
+  """A jitted function that is always traced and run on its mesh.
 
-  def __init__(self, mesh: Mesh, function: Any):
-    """Keeps the mesh and the function."""
-    self.mesh, self.function = mesh, function
+  Attributes:
+    mesh: the devices.
+    function: jitted.
+    constants: its last arguments, the same in every call.
+  """
+
+  def __init__(self, mesh: Mesh, function: Any, constants: tuple[Any, ...] = ()):
+    """Keeps all three."""
+    self.mesh, self.function, self.constants = mesh, function, constants
 
   def __call__(self, *arguments: Any) -> Any:
     """Calls the function."""
     with jax.set_mesh(self.mesh):
-      return self.function(*arguments)
+      return self.function(*arguments, *self.constants)
+
+  def shapes(self, *arguments: Any) -> Any:
+    """Returns the shapes and dtypes of what it returns; compiles nothing."""
+    with jax.set_mesh(self.mesh):
+      return jax.eval_shape(self.function, *arguments, *self.constants)
 
   def lower(self, *arguments: Any) -> Any:
     """Lowers the function for arguments or their shapes."""
     with jax.set_mesh(self.mesh):
-      return self.function.lower(*arguments)
+      return self.function.lower(*arguments, *self.constants)
+
+  def compile(self, *arguments: Any, options: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """Returns the function compiled for arguments or their shapes.
+
+    Args:
+      *arguments: without the constants.
+      options: of the compiler.
+    """
+    compiled = self.lower(*arguments).compile(options)
+    return lambda *given: compiled(*given, *self.constants)
 
 
 def make_init(
@@ -180,7 +207,7 @@ def make_init(
 def make_step(
   experiment: Experiment, decoder: Decoder, optimizer: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns the pure training step, not yet jitted."""
+  """Returns the pure training step, not yet jitted; `experiment` may hold tracers: see `traced`."""
   total_steps = experiment.train_steps
   depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
   mtp_weight = experiment.objective.build(total_steps)

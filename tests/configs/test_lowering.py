@@ -51,7 +51,7 @@ def lowered(name: str, platforms: tuple[str, ...]) -> jax.export.Exported:
   made = program(name)
   with jax.set_mesh(made.mesh):
     export = jax.export.export(made.step.function, platforms=platforms)
-    return export(made.abstract_state, made.abstract_batch())
+    return export(made.abstract_state, made.abstract_batch(), *made.step.constants)
 
 
 def test_there_are_configs():

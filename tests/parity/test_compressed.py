@@ -41,7 +41,7 @@ def one_step(remat, layout, microbatches=1):
     microbatches=microbatches,
   )
   program = build_program(chosen, jax.devices()[: 1 if layout == 'single' else 8])
-  step = program.step.lower(program.abstract_state, program.abstract_batch()).compile(QUICK)
+  step = program.step.compile(program.abstract_state, program.abstract_batch(), options=QUICK)
   rng = np.random.default_rng(0)
 
   def start(path, leaf):

@@ -141,7 +141,7 @@ def pictured(seed: int) -> Batch:
 def two_steps(kind: str, layout: str, microbatches: int = 1) -> list[tuple[TrainState, dict]]:
   """State and metrics after each of two steps, on the host, and the first state's arrays."""
   made = program(kind, layout, microbatches)
-  step = made.step.lower(made.abstract_state, made.abstract_batch()).compile(QUICK)
+  step = made.step.compile(made.abstract_state, made.abstract_batch(), options=QUICK)
   state, results = start(made), []
   batches = pictured if kind == 'caption' else packed
   for seed in (1, 2):
@@ -241,7 +241,7 @@ def test_init_is_the_same_on_a_mesh():
   for layout in ('single', 'tensor'):
     made = program('window', layout)
     key = jax.random.key(3)
-    state = made.init.lower(key).compile(QUICK)(key)
+    state = made.init.compile(key, options=QUICK)(key)
     check_pieces(state, made)
     states.append(jax.device_get(state.params))
   assert_same(*reversed(states), 'fresh parameters')

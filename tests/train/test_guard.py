@@ -220,8 +220,8 @@ def test_a_skipped_step_changes_nothing(layout, cache_dir):
   devices = jax.devices() if layout == 'devices' else jax.devices()[:1]
   program = build_program(config, devices)
   key = jax.random.key(0)
-  state = program.init.lower(key).compile(QUICK)(key)
-  step = program.step.lower(program.abstract_state, program.abstract_batch()).compile(QUICK)
+  state = program.init.compile(key, options=QUICK)(key)
+  step = program.step.compile(program.abstract_state, program.abstract_batch(), options=QUICK)
   batches = config.data.prepare(cache_dir).train_batches(0)
   put = lambda batch: jax.device_put(batch, program.batch_sharding)  # noqa: E731
   first, second = next(batches), next(batches)

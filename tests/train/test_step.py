@@ -77,7 +77,7 @@ def steps(program):
   results = [(state, None)]
   state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.abstract_state))
   donated = state
-  step = program.step.lower(program.abstract_state, program.abstract_batch()).compile(QUICK)
+  step = program.step.compile(program.abstract_state, program.abstract_batch(), options=QUICK)
   for _ in range(2):
     state, metrics = step(state, jax.device_put(packed(), program.batch_sharding))
     results.append(jax.device_get((state, metrics)))
@@ -195,7 +195,7 @@ def test_evaluation(program, steps):
   """The evaluation's nats over its targets are the loss that the step reports."""
   before, metrics = steps[0][0][0], steps[0][1][1]
   batch = jax.device_put(packed(), program.batch_sharding)
-  compiled = program.evaluate.lower(before.params, before.buffers, batch).compile(QUICK)
+  compiled = program.evaluate.compile(before.params, before.buffers, batch, options=QUICK)
   sums = compiled(before.params, before.buffers, batch)
   assert float(sums['targets']) == 3 * LENGTH + 10
   assert float(sums['nats'] / sums['targets']) == pytest.approx(float(metrics['loss']), rel=1e-5)
@@ -205,9 +205,7 @@ def test_without_a_rule_the_bias_stays():
   """`balance=None` is a model like any other; nothing needs its loads."""
   run = dataclasses.replace(experiment(), balance=None, schedule=Constant())
   program = build_program(run, jax.devices()[:1])
-  state, metrics = jax.eval_shape(
-    program.step.function, program.abstract_state, program.abstract_batch()
-  )
+  state, metrics = program.step.shapes(program.abstract_state, program.abstract_batch())
   assert jax.tree.structure(state) == jax.tree.structure(program.abstract_state)
   assert 'observed' in metrics
 
@@ -232,7 +230,7 @@ def test_parameters_stay_float32():
   )
   leaves = jax.tree.leaves((program.abstract_state.params, program.abstract_state.opt_state))
   assert {leaf.dtype.name for leaf in leaves} == {'float32', 'int32'}
-  state, _ = jax.eval_shape(program.step.function, program.abstract_state, program.abstract_batch())
+  state, _ = program.step.shapes(program.abstract_state, program.abstract_batch())
   assert jax.tree.map(lambda leaf: leaf.dtype, state) == jax.tree.map(
     lambda leaf: leaf.dtype, program.abstract_state
   )
