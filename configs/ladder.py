@@ -11,25 +11,25 @@ Rules, and where they come from (d is the depth):
   the width, a rule of our own: the published one is a fourteenth, of a width 74 times as large.
 - a dense feed-forward of 3 widths (the usual 8/3, rounded up); experts of a quarter of it, of which
   1 is shared and 3 are chosen, so that a layer of experts costs what the dense one costs; the first
-  layer is dense. DeepSeekMoE, arXiv 2401.06066, sections 3.1, 3.2 and 5.1.1.
+  layer is dense. DeepSeekMoE, arXiv 2401.06066, sections 3.1, 3.2 and 5.1.2.
 - 8·d experts: more experts for larger models, as from DeepSeek-V2 to V3; the factor is our own.
 - 20 tokens for each parameter that a token meets. Hoffmann et al., arXiv 2203.15556, table 3.
-- batch 0.2920·C^0.3271 tokens and learning rate 0.3118·C^-0.1250 at a compute of C FLOPs. DeepSeek
-  LLM, arXiv 2401.02954, equation 1: fitted on dense models from 1e17 FLOPs on, used here for
-  experts four orders of magnitude below.
+- batch 0.2920·C^0.3271 tokens, to the nearest multiple of 8 rows, which eight devices can share,
+  and learning rate 0.3118·C^-0.1250, at a compute of C FLOPs. DeepSeek LLM, arXiv 2401.02954,
+  equation 1: fitted on dense models from 1e17 FLOPs on, used here for experts four orders of
+  magnitude below.
 - a twentieth of the steps to warm up, the last 40 % to decay, as in configs/cpu_hour.py.
 
-Rungs for two CPU cores, by `get_config(depth=…)`; `met` are the parameters that a token meets:
+Rungs for two CPU cores, by `--config='ladder(depth=…)'`; `met` are the parameters that a token meets:
 
-  depth  width  experts      met  tokens  rows  steps  peak rate    FLOPs  estimate
-      3     48       24  105,984   2.1 M    12    690    0.00908  1.9e+12     1 min
-      4     64       32  238,080   4.8 M    20    930    0.00748  9.2e+12     3 min
-      5     80       40  453,120   9.1 M    30  1,180     0.0064  3.2e+13    10 min
-      6     96       48  771,840    15 M    42  1,436    0.00563  8.9e+13    30 min
+  depth  width  experts      met  tokens  rows  steps  peak rate    FLOPs
+      2     32       16   36,096   723 K     8    353     0.0118  2.5e+11
+      3     48       24  105,984   2.1 M     8  1,035    0.00908  1.9e+12
+      4     64       32  238,080   4.8 M    16  1,163    0.00748  9.2e+12
+      5     80       40  453,120   9.1 M    32  1,107     0.0064  3.2e+13
+      6     96       48  771,840    15 M    40  1,508    0.00563  8.9e+13
 
-The estimate is FLOPs at 60 GFLOP/s, rounded up; it is not measured, and small products run slower.
-
-Command:  python scripts/train.py --config=configs/ladder.py --workdir=runs/ladder    (depth 3)
+Command:  python scripts/train.py --config='ladder(depth=3)' --workdir=runs/ladder_3
 Hardware: 2 CPU cores.
 Time:     the estimate of the rung, and compilation.
 """
@@ -55,6 +55,7 @@ from deepseek_jax.sharding.rules import logical_axes
 from deepseek_jax.train.experiment import Cadence, Experiment
 
 LENGTH = 256
+ROWS = 8
 TOKENS_PER_PARAMETER = 20
 
 
@@ -73,7 +74,7 @@ def get_config(depth: int = 3) -> Experiment:
   parameters, flops = cost(model)
   tokens = TOKENS_PER_PARAMETER * parameters
   compute = flops * tokens
-  rows = max(round(batch_tokens(compute) / LENGTH), 1)
+  rows = ROWS * max(round(batch_tokens(compute) / LENGTH / ROWS), 1)
   steps = math.ceil(tokens / (rows * LENGTH))
   return Experiment(
     name=f'ladder_{depth}',

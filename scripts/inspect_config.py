@@ -9,7 +9,8 @@ Shows what a config is, without a device and without data.
 
   python scripts/inspect_config.py --config=configs/v3_671b.py [--config.path=value] …
 
-  --config=FILE           a config file, or the name of one in configs/
+  --config=FILE           a config file, or the name of one in configs/; arguments of its function
+                          may follow: 'ladder(depth=4)'
   --config.path=value     changes one part
   --against=FILE          prints only what differs from another config
 """

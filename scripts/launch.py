@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -77,7 +78,7 @@ def try_report(workdir: pathlib.Path, name: str, config_path: str | None) -> Non
     config_path: as `--config` takes it, or None.
   """
   command = f'python scripts/report.py --workdir={workdir}'
-  command += f' --config={config_path}' if config_path else ''
+  command += f' --config={shlex.quote(config_path)}' if config_path else ''
   try:
     from deepseek_jax.train.report_page import write_report
 

@@ -1,6 +1,7 @@
 """Concludes a sweep: results.json, and from it the table, the pictures and the page."""
 
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -18,6 +19,7 @@ Says what a sweep found, finished or going on.
   --out=DIR        for results.json, table.md, report.html and pictures as SVG and PNG
                    (default: beside what is read)
   --figure=NAME    the figure of the table (default: bits_per_byte where all runs have it)
+  --readme         also fills the tables of README.md there: see deepseek_jax/lab/write_up.py
 
 Prints the table in Markdown.
 """
@@ -25,6 +27,7 @@ Prints the table in Markdown.
 SWEEP = flags.DEFINE_string('sweep', None, 'folder of the sweep')
 RESULTS = flags.DEFINE_string('results', None, 'file of committed results')
 OUT = flags.DEFINE_string('out', None, 'folder for what is written')
+README = flags.DEFINE_bool('readme', False, 'fill the tables of README.md')
 FIGURE = flags.DEFINE_string('figure', None, 'figure of the table')
 
 
@@ -58,8 +61,25 @@ def main() -> None:
   (out / 'table.md').write_text(text, encoding='utf-8')
   (out / 'report.html').write_text(sweep_page(results), encoding='utf-8')
   files = write_pictures(out, results)
+  written = [out / 'report.html', out / 'table.md', *files]
+  if README.value:
+    written.append(fill_readme(out / 'README.md', results))
   print(text)
-  print('\n'.join(str(path) for path in (out / 'report.html', out / 'table.md', *files)))
+  print('\n'.join(map(str, written)))
+
+
+def fill_readme(path: pathlib.Path, results: Any) -> pathlib.Path:
+  """Writes the tables of a write-up anew; returns the file."""
+  from deepseek_jax.lab.write_up import fill
+
+  try:
+    text = fill(path.read_text(encoding='utf-8'), results)
+  except OSError as error:
+    raise ConfigError(f'{path}: {error.strerror}') from error
+  except ConfigError as error:
+    raise ConfigError(f'{path}: {message}' for message in error.messages) from error
+  path.write_text(text, encoding='utf-8')
+  return path
 
 
 if __name__ == '__main__':

@@ -13,7 +13,8 @@ Trains a model.
   python scripts/train.py --config=configs/quickstart.py --workdir=runs/first \
       [--config.model.depth=6] [--config.model.attention='Window(size=64)'] …
 
-  --config=FILE           a config file, or the name of one in configs/
+  --config=FILE           a config file, or the name of one in configs/; arguments of its function
+                          may follow: 'ladder(depth=4)'
   --config.path=value     changes one part; kinds are written Name(key=value)
   --workdir=DIR           the run's folder; a run that is there goes on
   --dry_run               checks everything, prints what the run would be, and exits

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'golden'
 TINY = ('tiny_mla', 'tiny_window', 'tiny_gated', 'tiny_caption')
-CONFIGS = (*TINY, 'quickstart', 'image_caption')
+CONFIGS = (*TINY, 'quickstart', 'image_caption', 'ladder')
 DEVICES = 8
+LAID_OUT = tuple(name for name in CONFIGS if name != 'ladder')
+"""The ladder's lowest rungs have too few heads for a mesh of eight."""
 CURVE_STEPS = 20
 CURVE_TOLERANCE = {'step': 0.0, 'loss': 1e-4, 'mtp_loss': 1e-4, 'grad_norm': 5e-3}
 """Relative, by column. Between ways of compiling and between one device and eight, losses were seen
@@ -132,6 +134,7 @@ def files(cache_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
   for name in CONFIGS:
     made[f'configs/{name}.txt'] = functools.partial(config_text, name)
     made[f'models/{name}.txt'] = functools.partial(model_text, name)
+  for name in LAID_OUT:
     made[f'shardings/{name}.txt'] = functools.partial(sharding_text, name)
   for name in TINY:
     made[f'curves/{name}.txt'] = functools.partial(curve_text, name, cache_dir)

@@ -1,9 +1,13 @@
 """Reads a run's config from a Python file."""
 
+import ast
 import dataclasses
+import functools
 import importlib.util
+import inspect
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,15 +19,17 @@ def load_config(path: str | Path, function: str = 'get_config') -> Any:
   """Runs a config file and returns what its function gives.
 
   Args:
-    path: of a .py file; a bare name such as `quickstart` means configs/quickstart.py.
-    function: the function in the file that returns the config; it takes no arguments.
+    path: of a .py file; a bare name such as `quickstart` means configs/quickstart.py. Arguments of
+      the function may follow: `ladder(depth=4)`.
+    function: the function in the file that returns the config.
 
   Raises:
-    ConfigError: there is no such file or function, the file fails (with the line where it does), or
-      what it returns is no dataclass.
+    ConfigError: there is no such file or function, the function takes no such argument, the file
+      fails (with the line where it does), or what it returns is no dataclass.
   """
-  file = _find(Path(path))
-  config = call_function(load_module(file), function, file)
+  name, arguments = _split(str(path))
+  file = _find(Path(name))
+  config = call_function(load_module(file), function, file, arguments)
   if not dataclasses.is_dataclass(config) or isinstance(config, type):
     raise ConfigError(f'`{function}` in {file} returns {config!r}, which is not a config')
   return config
@@ -44,16 +50,20 @@ def load_module(file: Path, name: str | None = None) -> ModuleType:
   return _execute(file, name or _module_name(file))
 
 
-def call_function(module: ModuleType, function: str, file: Path) -> Any:
+def call_function(
+  module: ModuleType, function: str, file: Path, arguments: Mapping[str, Any] | None = None
+) -> Any:
   """Calls a function of a module that `load_module` returned.
 
   Args:
     module: the module.
-    function: name of a function without arguments.
+    function: its name.
     file: where the module is from.
+    arguments: by name; a number, text or truth must be what the parameter's annotation says.
 
   Raises:
-    ConfigError: there is no such function, or it fails (with the line where it does).
+    ConfigError: there is no such function, it takes no such argument, or it fails (with the line
+      where it does).
   """
   found = getattr(module, function, None)
   if not callable(found):
@@ -64,7 +74,44 @@ def call_function(module: ModuleType, function: str, file: Path) -> Any:
     ]
     has = f'; it has {", ".join(names)}' if names else ''
     raise ConfigError(f'{file} has no function `{function}`{did_you_mean(function, names) or has}')
-  return _call(found, file)
+  arguments = dict(arguments or {})
+  _check_arguments(found, arguments, f'`{function}` in {file}')
+  return _call(functools.partial(found, **arguments), file)
+
+
+def _split(text: str) -> tuple[str, dict[str, Any]]:
+  """Takes `name(key=value, …)` apart; values are literals."""
+  name, bracket, rest = text.partition('(')
+  if not bracket or Path(text).is_file():
+    return text, {}
+  try:
+    call = ast.parse(f'f({rest}', mode='eval').body
+    if not isinstance(call, ast.Call) or call.args or None in {word.arg for word in call.keywords}:
+      raise ValueError('no call by keyword')
+    return name, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
+  except (SyntaxError, ValueError) as error:
+    raise ConfigError(
+      f'config {text}: expected the file and arguments by name, such as ladder(depth=4)'
+    ) from error
+
+
+def _check_arguments(function: Any, arguments: Mapping[str, Any], where: str) -> None:
+  if not arguments:
+    return
+  known = inspect.signature(function).parameters
+  errors = []
+  for name, value in arguments.items():
+    if name not in known:
+      near = did_you_mean(name, known) or f'; it takes {", ".join(known) or "none"}'
+      errors.append(f'{where} takes no argument `{name}`{near}')
+      continue
+    kind = known[name].annotation
+    plain = kind in (bool, int, float, str)
+    fits = type(value) is kind or (kind is float and type(value) is int)
+    if plain and not fits:
+      errors.append(f'`{name}` of {where} is {value!r}; expected {kind.__name__}')
+  if errors:
+    raise ConfigError(errors)
 
 
 def _find(path: Path) -> Path:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.results import Results
 from deepseek_jax.lab.sweep_pictures import pictures
-from deepseek_jax.lab.verdict import FIGURES, caption, compare, headers, rows
+from deepseek_jax.lab.verdict import FIGURES, caption, compare, headers, rows, short
 from deepseek_jax.train.page import markup
 
 TITLES = {
@@ -68,9 +68,8 @@ def _everywhere(results: Results, figure: str) -> bool:
 
 
 def _other(results: Results, figure: str) -> str:
-  lines = [(row[0], *row[5:]) for row in rows(results, figure)]
-  names = headers(results)
-  return markup.table((names[0], *names[5:]), lines, caption=FIGURES[figure])
+  lines = [short(row) for row in rows(results, figure)]
+  return markup.table(short(headers(results)), lines, caption=FIGURES[figure])
 
 
 def _variants(results: Results) -> str:

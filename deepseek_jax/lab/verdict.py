@@ -119,12 +119,23 @@ def headers(results: Results) -> tuple[str, ...]:
   return (*HEADERS, f'less {results.baseline} [{CONFIDENCE:.0%}]', 'verdict')
 
 
+def short(row: tuple[str, ...]) -> tuple[str, ...]:
+  """Leaves out of a row of `rows` or `headers` what is the same for every figure."""
+  return (row[0], *row[5:])
+
+
 def markdown(results: Results, figure: str | None = None) -> str:
-  """Returns the table in Markdown, with a line on what it is."""
+  """Returns the table in Markdown, with a line on what it is.
+
+  Steps and sizes are in the table of the figure that decides, and in no other.
+  """
   figure = figure or results.figure
-  head = headers(results)
+  table = [headers(results), *rows(results, figure)]
+  if figure != results.figure:
+    table = [short(row) for row in table]
+  head, *body = table
   lines = ['| ' + ' | '.join(head) + ' |', '|---' + '|---:' * (len(head) - 2) + '|---|']
-  lines += ['| ' + ' | '.join(row) + ' |' for row in rows(results, figure)]
+  lines += ['| ' + ' | '.join(row) + ' |' for row in body]
   return '\n'.join(lines) + f'\n\n{caption(results, figure)}\n'
 
 

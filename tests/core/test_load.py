@@ -113,3 +113,45 @@ def test_faulty_file(write, text, message):
     load_config('run.py')
   assert str(caught.value).startswith(message)
   assert len(str(caught.value).splitlines()) == 1
+
+
+LADDER = GOOD.replace('def get_config():', 'def get_config(depth: int = 4, scale: float = 1.0):')
+
+
+def test_arguments(write):
+  write('configs/ladder.py', LADDER.replace("'4'", 'depth'))
+  assert load_config('ladder').depth == 4
+  assert load_config('ladder(depth=7)').depth == 7
+  assert load_config('configs/ladder.py(depth=7, scale=2)').depth == 7
+  # A file may be called anything.
+  write('odd(depth=7).py', LADDER.replace("'4'", 'depth'))
+  assert load_config('odd(depth=7).py').depth == 4
+
+
+@pytest.mark.parametrize(
+  ('path', 'messages'),
+  [
+    (
+      'ladder(dept=7, scale="x")',
+      (
+        '`get_config` in configs/ladder.py takes no argument `dept`; did you mean `depth`?',
+        "`scale` of `get_config` in configs/ladder.py is 'x'; expected float",
+      ),
+    ),
+    (
+      'ladder(depth=7.0)',
+      ('`depth` of `get_config` in configs/ladder.py is 7.0; expected int',),
+    ),
+    ('first(depth=7)', ('`get_config` in configs/first.py takes no argument `depth`; it takes none',)),
+    *(
+      (text, (f'config {text}: expected the file and arguments by name, such as ladder(depth=4)',))
+      for text in ('ladder(7)', 'ladder(depth=x)', 'ladder(depth=7', 'ladder(**{})', 'ladder(1)(2)')
+    ),
+  ],
+)  # fmt: skip
+def test_wrong_arguments(write, path, messages):
+  write('configs/ladder.py', LADDER)
+  write('configs/first.py', GOOD)
+  with pytest.raises(ConfigError) as caught:
+    load_config(path)
+  assert caught.value.messages == messages
