@@ -20,7 +20,7 @@ Rules, and where they come from (d is the depth):
   magnitude below.
 - a twentieth of the steps to warm up, the last 40 % to decay, as in configs/cpu_hour.py.
 
-Rungs for two CPU cores, by `--config='ladder(depth=…)'`; `met` are the parameters that a token meets:
+Rungs for two CPU cores, by `--config='ladder(depth=…)'`; `met` are parameters that a token meets:
 
   depth  width  experts      met  tokens  rows  steps  peak rate    FLOPs
       2     32       16   36,096   723 K     8    353     0.0118  2.5e+11

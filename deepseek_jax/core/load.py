@@ -75,7 +75,7 @@ def call_function(
     has = f'; it has {", ".join(names)}' if names else ''
     raise ConfigError(f'{file} has no function `{function}`{did_you_mean(function, names) or has}')
   arguments = dict(arguments or {})
-  _check_arguments(found, arguments, f'`{function}` in {file}')
+  _check_arguments(found, arguments, file)
   return _call(functools.partial(found, **arguments), file)
 
 
@@ -95,10 +95,14 @@ def _split(text: str) -> tuple[str, dict[str, Any]]:
     ) from error
 
 
-def _check_arguments(function: Any, arguments: Mapping[str, Any], where: str) -> None:
+def _check_arguments(function: Any, arguments: Mapping[str, Any], file: Path) -> None:
   if not arguments:
     return
-  known = inspect.signature(function).parameters
+  try:
+    known = inspect.signature(function, eval_str=True).parameters
+  except (Exception, SystemExit) as error:
+    raise _failure(error, file) from error
+  where = f'`{function.__name__}` in {file}'
   errors = []
   for name, value in arguments.items():
     if name not in known:

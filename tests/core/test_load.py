@@ -142,7 +142,10 @@ def test_arguments(write):
       'ladder(depth=7.0)',
       ('`depth` of `get_config` in configs/ladder.py is 7.0; expected int',),
     ),
-    ('first(depth=7)', ('`get_config` in configs/first.py takes no argument `depth`; it takes none',)),
+    (
+      'first(depth=7)',
+      ('`get_config` in configs/first.py takes no argument `depth`; it takes none',),
+    ),
     *(
       (text, (f'config {text}: expected the file and arguments by name, such as ladder(depth=4)',))
       for text in ('ladder(7)', 'ladder(depth=x)', 'ladder(depth=7', 'ladder(**{})', 'ladder(1)(2)')
