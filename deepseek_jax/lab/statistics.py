@@ -14,9 +14,20 @@ ENOUGH = 3
 """Pairs below which no interval is narrow enough to be of use."""
 
 
-def number(value: float) -> str:
-  """Returns a figure with as many decimals as are worth reading."""
-  return f'{value:.4f}' if abs(value) < 100 else f'{value:,.0f}'
+MANY = 100
+"""Seeds beyond which nobody waits."""
+
+
+def number(value: float, beside: float | None = None, sign: str = '') -> str:
+  """Returns a figure with as many decimals as are worth reading.
+
+  Args:
+    value: the figure.
+    beside: a larger one that it stands beside, whose decimals it gets.
+    sign: '+' to show it.
+  """
+  decimals = 4 if abs(value if beside is None else beside) < 100 else 0
+  return f'{value:{sign},.{decimals}f}'
 
 
 class Summary(NamedTuple):
@@ -35,7 +46,7 @@ class Summary(NamedTuple):
   @property
   def text(self) -> str:
     """Mean ± standard error, `?` where one seed has none."""
-    error = '?' if math.isnan(self.error) else number(self.error)
+    error = '?' if math.isnan(self.error) else number(self.error, self.mean)
     return f'{number(self.mean)} ± {error}'
 
 
@@ -63,6 +74,7 @@ class Difference(NamedTuple):
     high: upper end.
     bootstrap: ends of the percentile bootstrap alone.
     pairs: seeds that both have.
+    deviation: standard deviation of the differences, NaN for fewer than two pairs.
   """
 
   mean: float
@@ -70,6 +82,7 @@ class Difference(NamedTuple):
   high: float
   bootstrap: tuple[float, float]
   pairs: int
+  deviation: float = math.nan
 
   @property
   def known(self) -> bool:
@@ -81,8 +94,11 @@ class Difference(NamedTuple):
     """Mean and interval; `[?]` where one pair has none, empty where there is no pair."""
     if not self.pairs:
       return ''
-    ends = '?' if self.pairs < 2 else f'{self.low:+.4f}, {self.high:+.4f}'
-    return f'{self.mean:+.4f} [{ends}]'
+    if self.pairs < 2:
+      return f'{number(self.mean, sign="+")} [?]'
+    largest = max(abs(self.low), abs(self.high))
+    mean, low, high = (number(x, largest, '+') for x in (self.mean, self.low, self.high))
+    return f'{mean} [{low}, {high}]'
 
   @property
   def verdict(self) -> str:
@@ -94,7 +110,29 @@ class Difference(NamedTuple):
     if self.known:
       return 'lower' if self.mean < 0 else 'higher'
     few = f', with {self.pairs} seeds' if self.pairs < ENOUGH else ''
-    return f'not distinguishable{few}'
+    needed = seeds_to_tell(self.mean, self.deviation)
+    hint = '' if needed is None else f' (it would take some {needed} seeds)'
+    return f'not distinguishable{few}{hint}'
+
+
+def seeds_to_tell(mean: float, deviation: float, confidence: float = CONFIDENCE) -> int | None:
+  """Returns how many pairs would tell a difference from zero, if it is as large as it seems.
+
+  Args:
+    mean: of the differences.
+    deviation: standard deviation of the differences.
+    confidence: of the interval, Student's.
+
+  Returns:
+    The number, or None where more than `MANY` would be needed, or nothing differs.
+  """
+  if not mean or not deviation > 0:
+    return None
+  for count in range(2, MANY + 1):
+    reach = stats.t.ppf((1 + confidence) / 2, count - 1) * deviation / math.sqrt(count)
+    if reach < abs(mean):
+      return count
+  return None
 
 
 def paired_difference(
@@ -128,9 +166,12 @@ def paired_difference(
   tail = (1 - confidence) / 2
   picks = np.random.default_rng(0).integers(0, count, (draws, count))
   ends = np.quantile(differences[picks].mean(axis=1), (tail, 1 - tail))
-  reach = float(stats.t.ppf(1 - tail, count - 1) * differences.std(ddof=1) / math.sqrt(count))
+  deviation = float(differences.std(ddof=1))
+  reach = float(stats.t.ppf(1 - tail, count - 1) * deviation / math.sqrt(count))
   low, high = min(ends[0], mean - reach), max(ends[1], mean + reach)
-  return Difference(mean, float(low), float(high), (float(ends[0]), float(ends[1])), count)
+  return Difference(
+    mean, float(low), float(high), (float(ends[0]), float(ends[1])), count, deviation
+  )
 
 
 class PowerLaw(NamedTuple):

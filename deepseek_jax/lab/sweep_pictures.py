@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from deepseek_jax.lab.groups import families, pair_up
 from deepseek_jax.lab.picture import COLOURS, Picture
-from deepseek_jax.lab.results import Results
+from deepseek_jax.lab.results import Results, VariantResult
 from deepseek_jax.lab.statistics import CONFIDENCE, fit_power_law, scaling_band
 from deepseek_jax.lab.verdict import FIGURES, compare
 
@@ -65,6 +65,41 @@ def _zoom(axes: Axes, results: Results) -> None:
   if curves:
     low, high = min(map(min, curves)), max(map(max, curves))
     axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+
+
+def draw_gaps(results: Results) -> Figure:
+  """Draws training loss less the baseline's of the same seed: what both met of the data is gone.
+
+  Mean of the seeds and the range of them, against FLOPs; finished runs only.
+  """
+  figure, axes = figure_of()
+  for number, (name, pair) in enumerate(pair_up(results.baseline, results.variants).items()):
+    curves, other = _by_flops(results.variants[name]), _by_flops(results.variants[pair])
+    shared = [seed for seed in curves if seed in other]
+    if name == pair or not shared:
+      continue
+    both = [curve for seed in shared for curve in (curves[seed], other[seed])]
+    grid = np.linspace(max(x[0] for x, _ in both), min(x[-1] for x, _ in both), 100)
+    gaps = np.stack([np.interp(grid, *curves[s]) - np.interp(grid, *other[s]) for s in shared])
+    colour = COLOURS[number % len(COLOURS)]
+    axes.plot(grid, gaps.mean(axis=0), color=colour, label=name, lw=1.4)
+    if len(gaps) > 1:
+      axes.fill_between(grid, gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.2, lw=0)
+  axes.axhline(0, color='#222222', lw=0.8)
+  axes.set_xlabel('training FLOPs')
+  axes.set_ylabel(f'training loss, nats a token, less {results.baseline}')
+  axes.legend(frameon=False, fontsize=8)
+  return figure
+
+
+def _by_flops(variant: VariantResult) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+  """Returns seed → FLOPs and smoothed training loss, of finished runs."""
+  per_step = variant.flops / variant.train_steps
+  return {
+    seed: (np.asarray(run.curve['step']) * per_step, np.asarray(run.curve['value']))
+    for seed, run in variant.runs.items()
+    if run.status == 'finished'
+  }
 
 
 def draw_differences(results: Results, figure_name: str | None = None) -> Figure:
@@ -146,6 +181,7 @@ def pictures(results: Results) -> Mapping[str, Figure]:
   found = {'curves': draw_curves(results)}
   if any(one.difference and one.difference.pairs for one in compare(results)):
     found['differences'] = draw_differences(results)
+    found['gaps'] = draw_gaps(results)
   if is_ladder(results):
     found['scaling'] = draw_scaling(results)
   return found

@@ -127,16 +127,16 @@ def short(row: tuple[str, ...]) -> tuple[str, ...]:
 def markdown(results: Results, figure: str | None = None) -> str:
   """Returns the table in Markdown, with a line on what it is.
 
-  Steps and sizes are in the table of the figure that decides, and in no other.
+  Steps, sizes and how to read it all are in the table of the figure that decides, and in no other.
   """
   figure = figure or results.figure
-  table = [headers(results), *rows(results, figure)]
+  table, words = [headers(results), *rows(results, figure)], caption(results, figure)
   if figure != results.figure:
-    table = [short(row) for row in table]
+    table, words = [short(row) for row in table], FIGURES[figure]
   head, *body = table
   lines = ['| ' + ' | '.join(head) + ' |', '|---' + '|---:' * (len(head) - 2) + '|---|']
   lines += ['| ' + ' | '.join(row) + ' |' for row in body]
-  return '\n'.join(lines) + f'\n\n{caption(results, figure)}\n'
+  return '\n'.join(lines) + f'\n\n{words}\n'
 
 
 def caption(results: Results, figure: str) -> str:

@@ -10,6 +10,7 @@ from deepseek_jax.lab.statistics import (
   fit_power_law,
   paired_difference,
   scaling_band,
+  seeds_to_tell,
   summarise,
 )
 
@@ -108,3 +109,24 @@ def test_what_cannot_be_fitted_is_said():
     fit_power_law([1.0, 2.0], [0.0, 1.0])
   with pytest.raises(ValueError, match='one run only at compute 2'):
     scaling_band([1.0, 1.0, 2.0], [3.0, 3.1, 2.0], [4.0])
+
+
+def test_seeds_to_tell():
+  """The first number of pairs whose Student interval leaves zero out."""
+  # t(0.975, 8) = 2.306, t(0.975, 7) = 2.365: 2.306/√9 = 0.769 < 0.8 < 2.365/√8 = 0.836.
+  assert seeds_to_tell(0.8, 1.0) == 9
+  assert seeds_to_tell(-0.8, 1.0) == 9
+  assert seeds_to_tell(-8.0, 10.0) == 9
+  assert seeds_to_tell(1e-3, 1.0) is None
+  assert seeds_to_tell(0.0, 1.0) is None
+  assert seeds_to_tell(1.0, 0.0) is None
+  found = paired_difference({0: 1.0, 1: 3.0, 2: 2.5}, {0: 1.0, 1: 1.0, 2: 3.0})
+  needed = seeds_to_tell(found.mean, found.deviation)
+  assert found.verdict == f'not distinguishable (it would take some {needed} seeds)'
+
+
+def test_decimals():
+  """A large figure has none, and so has its error."""
+  assert summarise([2143.2, 2001.9]).text == '2,073 ± 71'
+  assert summarise([2.1432, 2.0020]).text == '2.0726 ± 0.0706'
+  assert paired_difference({0: 2100.0, 1: 2300.0}, {0: 2000.0, 1: 2100.0}).text.startswith('+150 [')
