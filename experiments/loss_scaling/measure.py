@@ -1,6 +1,6 @@
 """Overflowed steps and lost gradients under each kind of loss scale, in one run set-up.
 
-  python -m experiments.loss_scaling.sweep [--steps=400] [--seeds=3] [--output=rows.jsonl]
+  python -m experiments.loss_scaling.measure [--steps=400] [--seeds=3] [--output=rows.jsonl]
 
 Prints a table; the rows go to the file. The question and what was found are in README.md.
 """
