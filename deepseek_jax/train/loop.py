@@ -157,7 +157,7 @@ def _prepare(
   program: Program, checkpoints: Checkpoints, start: int, origin: Origin | None
 ) -> tuple[Callable[..., Any], TrainState, float]:
   """Compiles the step, and makes or restores the state."""
-  compiled = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
+  compiled = program.step.compile(program.abstract_state, program.abstract_batch())
   if start:
     state = resume_state(program, checkpoints, start)
   else:
