@@ -21,4 +21,4 @@ def base() -> Experiment:
 
 def variants() -> Sweep:
   """Returns the model without and with a module that predicts the token after the next."""
-  return product(chain(without={'model.mtp': None}, mtp={'model.mtp': MTP(depth=1)}), seeds(4))
+  return product(chain(without={'model.mtp': None}, mtp={'model.mtp': MTP(depth=1)}), seeds(3))
