@@ -14,7 +14,7 @@ from deepseek_jax.train.page import markup
 TITLES = {
   'curves': 'Training loss against compute',
   'differences': 'Differences from the baseline',
-  'gaps': 'Training loss less that of the baseline, seed by seed',
+  'gaps': 'Training loss less that of the baseline at equal steps, seed by seed',
   'scaling': 'Loss against compute, and beyond',
 }
 

@@ -3,6 +3,7 @@
 import pathlib
 from collections.abc import Mapping
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -68,35 +69,39 @@ def _zoom(axes: Axes, results: Results) -> None:
 
 
 def draw_gaps(results: Results) -> Figure:
-  """Draws training loss less the baseline's of the same seed: what both met of the data is gone.
+  """Draws training loss less the baseline's at the same step of the same seed.
 
-  Mean of the seeds and the range of them, against FLOPs; finished runs only.
+  Both have then read the same text, whose share in the loss goes away. Mean of the seeds and the
+  range of them; finished runs only. Equal steps need not be equal cost.
   """
   figure, axes = figure_of()
   for number, (name, pair) in enumerate(pair_up(results.baseline, results.variants).items()):
-    curves, other = _by_flops(results.variants[name]), _by_flops(results.variants[pair])
+    curves, other = (
+      _finished_curves(results.variants[name]),
+      _finished_curves(results.variants[pair]),
+    )
     shared = [seed for seed in curves if seed in other]
     if name == pair or not shared:
       continue
     both = [curve for seed in shared for curve in (curves[seed], other[seed])]
-    grid = np.linspace(max(x[0] for x, _ in both), min(x[-1] for x, _ in both), 100)
+    # Where a curve ends it is smoothed over other steps than one that goes on.
+    grid = np.linspace(max(x[0] for x, _ in both), 0.95 * min(x[-1] for x, _ in both), 100)
     gaps = np.stack([np.interp(grid, *curves[s]) - np.interp(grid, *other[s]) for s in shared])
     colour = COLOURS[number % len(COLOURS)]
     axes.plot(grid, gaps.mean(axis=0), color=colour, label=name, lw=1.4)
     if len(gaps) > 1:
       axes.fill_between(grid, gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.2, lw=0)
   axes.axhline(0, color='#222222', lw=0.8)
-  axes.set_xlabel('training FLOPs')
+  axes.set_xlabel('steps, each with the same text')
   axes.set_ylabel(f'training loss, nats a token, less {results.baseline}')
   axes.legend(frameon=False, fontsize=8)
   return figure
 
 
-def _by_flops(variant: VariantResult) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-  """Returns seed → FLOPs and smoothed training loss, of finished runs."""
-  per_step = variant.flops / variant.train_steps
+def _finished_curves(variant: VariantResult) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+  """Returns seed → steps and smoothed training loss, of finished runs."""
   return {
-    seed: (np.asarray(run.curve['step']) * per_step, np.asarray(run.curve['value']))
+    seed: (np.asarray(run.curve['step']), np.asarray(run.curve['value']))
     for seed, run in variant.runs.items()
     if run.status == 'finished'
   }
@@ -193,8 +198,9 @@ def write_pictures(folder: pathlib.Path, results: Results) -> list[pathlib.Path]
   for name, figure in pictures(results).items():
     for ending in ('svg', 'png'):
       path = folder / f'{name}.{ending}'
-      # Without a date two runs on equal results write equal files.
+      # Without a date and random names two runs on equal results write equal files.
       metadata = {'Date': None} if ending == 'svg' else {}
-      figure.savefig(path, dpi=150, metadata=metadata)
+      with matplotlib.rc_context({'svg.hashsalt': name}):
+        figure.savefig(path, dpi=150, metadata=metadata)
       files.append(path)
   return files

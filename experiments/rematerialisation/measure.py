@@ -1,6 +1,7 @@
 """What gradients from 8-bit activations do to training, and how wrong they are.
 
-  python -m experiments.rematerialisation.measure --output=experiments/rematerialisation/results.jsonl
+  python -m experiments.rematerialisation.measure \
+      --output=experiments/rematerialisation/results.jsonl
 
 Trains the same model with exact and with compressed rematerialisation from the same seeds on the
 same text, and without rematerialisation for the size of differences that float32 rounding alone
