@@ -67,23 +67,32 @@ def _compared(
   name: str, variant: VariantResult, figure: str, baseline: Mapping[int, float] | None
 ) -> Compared:
   values = variant.finished(figure)
-  difference = None if baseline is None or not values else paired_difference(values, baseline)
+  difference = paired_difference(values, baseline) if values and baseline else None
   return Compared(
     name=name,
     summary=summarise(list(values.values())) if values else None,
     difference=difference,
-    verdict=_verdict(variant, difference, baseline is None),
+    verdict=_verdict(variant, _said(values, baseline, difference)),
   )
 
 
-def _verdict(variant: VariantResult, difference: Difference | None, is_baseline: bool) -> str:
-  said = 'no finished run' if difference is None else difference.verdict
+def _said(
+  values: Mapping[int, float], baseline: Mapping[int, float] | None, difference: Difference | None
+) -> str:
+  if baseline is None:
+    return 'baseline'
+  if difference is not None:
+    return difference.verdict
+  return 'the baseline has none' if values else 'no finished run'
+
+
+def _verdict(variant: VariantResult, said: str) -> str:
   remarks = [
     f'{count} of {len(variant.runs)} {status}'
     for status in ('diverged', 'failed', 'unfinished')
     if (count := variant.count(status))
   ]
-  return '; '.join(['baseline' if is_baseline else said, *remarks])
+  return '; '.join([said, *remarks])
 
 
 HEADERS = ('variant', 'steps', 'parameters', 'met by a token', 'FLOPs', 'mean ± error', 'seeds')
