@@ -79,11 +79,13 @@ def test_cpu(name):
 
 
 def test_the_step_is_whole():
-  """What is lowered takes the state and the batch and returns the state, in its shards."""
+  """What is lowered takes state, batch and numbers and returns the state, in its shards."""
   exported = lowered('tiny_mla', ACCELERATORS)
   made = program('tiny_mla')
   state = jax.tree.leaves(made.abstract_state)
-  assert len(exported.in_avals) == len(state) + 6
+  numbers = jax.tree.leaves(made.step.constants)
+  assert len(numbers) == 4
+  assert len(exported.in_avals) == len(state) + 6 + len(numbers)
   assert [(a.shape, a.dtype) for a in exported.out_avals[: len(state)]] == [
     (leaf.shape, leaf.dtype) for leaf in state
   ]
