@@ -69,7 +69,7 @@ def test_the_swaps_are_valid():
 def test_the_files_and_configs_it_names_exist():
   for target in re.findall(r'\]\((?!http)([^)#]+)\)', README):
     assert (ROOT / target).exists(), target
-  for name in re.findall(r'--config=(\S+)', README):
-    assert load_config(name).name
+  for name in re.findall(r"--config=('[^']+'|\S+)", README):
+    assert load_config(name.strip("'")).name
   for script in re.findall(r'scripts/\w+\.(?:py|sh)', README):
     assert (ROOT / script).exists(), script
