@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 from deepseek_jax.core.config import ConfigError, did_you_mean
+from deepseek_jax.core.draft import MISSING, Report, finish
+from deepseek_jax.core.text import read
 
 
 def load_config(path: str | Path, function: str = 'get_config') -> Any:
@@ -51,7 +53,7 @@ def load_module(file: Path, name: str | None = None) -> ModuleType:
 
 
 def call_function(
-  module: ModuleType, function: str, file: Path, arguments: Mapping[str, Any] | None = None
+  module: ModuleType, function: str, file: Path, arguments: Mapping[str, str] | None = None
 ) -> Any:
   """Calls a function of a module that `load_module` returned.
 
@@ -59,11 +61,11 @@ def call_function(
     module: the module.
     function: its name.
     file: where the module is from.
-    arguments: by name; a number, text or truth must be what the parameter's annotation says.
+    arguments: name → text, in the grammar of overrides; parameters must be annotated.
 
   Raises:
-    ConfigError: there is no such function, it takes no such argument, or it fails (with the line
-      where it does).
+    ConfigError: there is no such function, it takes no such arguments (all are listed), or it fails
+      (with the line where it does).
   """
   found = getattr(module, function, None)
   if not callable(found):
@@ -74,48 +76,45 @@ def call_function(
     ]
     has = f'; it has {", ".join(names)}' if names else ''
     raise ConfigError(f'{file} has no function `{function}`{did_you_mean(function, names) or has}')
-  arguments = dict(arguments or {})
-  _check_arguments(found, arguments, file)
-  return _call(functools.partial(found, **arguments), file)
+  given = _read_arguments(found, arguments, file) if arguments else {}
+  return _call(functools.partial(found, **given), file)
 
 
-def _split(text: str) -> tuple[str, dict[str, Any]]:
-  """Takes `name(key=value, …)` apart; values are literals."""
-  name, bracket, rest = text.partition('(')
+def _split(text: str) -> tuple[str, dict[str, str]]:
+  """Takes `name(key=value, …)` apart; values stay text."""
+  name, bracket, _ = text.partition('(')
   if not bracket or Path(text).is_file():
     return text, {}
+  source = f'f{text[len(name) :]}'
   try:
-    call = ast.parse(f'f({rest}', mode='eval').body
+    call = ast.parse(source, mode='eval').body
     if not isinstance(call, ast.Call) or call.args or None in {word.arg for word in call.keywords}:
       raise ValueError('no call by keyword')
-    return name, {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
   except (SyntaxError, ValueError) as error:
     raise ConfigError(
       f'config {text}: expected the file and arguments by name, such as ladder(depth=4)'
     ) from error
+  values = {str(word.arg): ast.get_source_segment(source, word.value) for word in call.keywords}
+  return name, {key: value or '' for key, value in values.items()}
 
 
-def _check_arguments(function: Any, arguments: Mapping[str, Any], file: Path) -> None:
-  if not arguments:
-    return
+def _read_arguments(function: Any, arguments: Mapping[str, str], file: Path) -> dict[str, Any]:
+  """Reads arguments by the parameters' annotations, as `--config.path=value` reads fields."""
   try:
     known = inspect.signature(function, eval_str=True).parameters
   except (Exception, SystemExit) as error:
     raise _failure(error, file) from error
-  where = f'`{function.__name__}` in {file}'
-  errors = []
-  for name, value in arguments.items():
+  where, report, given = f'`{function.__name__}` in {file}', Report(), {}
+  for name, text in arguments.items():
     if name not in known:
       near = did_you_mean(name, known) or f'; it takes {", ".join(known) or "none"}'
-      errors.append(f'{where} takes no argument `{name}`{near}')
+      report.fault('', f'{where} takes no argument `{name}`{near}')
       continue
-    kind = known[name].annotation
-    plain = kind in (bool, int, float, str)
-    fits = type(value) is kind or (kind is float and type(value) is int)
-    if plain and not fits:
-      errors.append(f'`{name}` of {where} is {value!r}; expected {kind.__name__}')
-  if errors:
-    raise ConfigError(errors)
+    path = f'{where}: {name}'
+    given[name] = finish(read(text, known[name].annotation, MISSING, path, report), path, report)
+  if report.faults:
+    raise ConfigError(report.faults)
+  return given
 
 
 def _find(path: Path) -> Path:

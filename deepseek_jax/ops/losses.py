@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import optax
 
 
 def cross_entropy_reference(
@@ -38,25 +39,32 @@ def chunked_cross_entropy(
   return _loss_and_gradients(hidden, head, targets, weights, chunk, gradients=False)[0]
 
 
-def chunked_argmax(hidden: jax.Array, head: jax.Array, chunk: int = 128) -> jax.Array:
-  """The likeliest token of every position, `chunk` positions of each row at a time.
+def chunked_choice(
+  hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int = 128
+) -> tuple[jax.Array, jax.Array]:
+  """The loss of `chunked_cross_entropy`, and the likeliest tokens, from one pass over the logits.
 
   Args:
     hidden: [B, T, D] final hidden states.
     head: [D, V] output matrix in the dtype of `hidden`.
+    targets: [B, T] int32.
+    weights: [B, T] float32.
     chunk: positions of each row taken together.
 
   Returns:
-    [B, T] int32; the first of equally likely ones. At most [B, chunk, V] float32 logits are alive.
+    Scalar float32 in nats; and [B, T] int32, the first of equally likely ones.
   """
 
-  def choose(h):
+  def body(total, piece):
+    h, target, weight = piece
     logits = jnp.einsum('btd,dv->btv', h, head, preferred_element_type=jnp.float32)
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, target)
+    return total + jnp.sum(loss * weight), jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
+  pieces = tuple(_split(x, chunk) for x in (hidden, targets, weights))
+  total, chosen = jax.lax.scan(body, jnp.float32(0), pieces)
   batch, length, _ = hidden.shape
-  chosen = jnp.moveaxis(jax.lax.map(choose, _split(hidden, chunk)), 0, 1)
-  return chosen.reshape(batch, -1)[:, :length]
+  return total, jnp.moveaxis(chosen, 0, 1).reshape(batch, -1)[:, :length]
 
 
 def _split(x: jax.Array, chunk: int) -> jax.Array:

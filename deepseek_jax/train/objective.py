@@ -10,7 +10,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.context import Context
 from deepseek_jax.models.decoder import Decoder, shift_left
-from deepseek_jax.ops.losses import chunked_argmax, chunked_cross_entropy
+from deepseek_jax.ops.losses import chunked_choice, chunked_cross_entropy
 from deepseek_jax.optim.schedule import Constant, Schedule, ScheduleFn
 from deepseek_jax.sharding.rules import Rules
 
@@ -169,17 +169,19 @@ def evaluation_sums(
   hiddens, head = found
   depth = len(hiddens) - 1
   weights = target_weights(batch, depth)
-  nats = [
-    chunked_cross_entropy(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
-    for k, hidden in enumerate(hiddens)
-  ]
+  nats, chosen = zip(
+    *(
+      chunked_choice(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
+      for k, hidden in enumerate(hiddens)
+    ),
+    strict=True,
+  )
   targets = jnp.sum(weights, axis=(1, 2))
   sums = {'nats': nats[0], 'targets': targets[0]}
   if depth:
-    own, proposed = (chunked_argmax(hidden, head, chunk) for hidden in hiddens[:2])
     sums |= {
       'mtp_nats': jnp.stack(nats[1:]),
       'mtp_targets': targets[1:],
-      'accepted': jnp.sum((shift_left(own, 1) == proposed) * weights[1]),
+      'accepted': jnp.sum((shift_left(chosen[0], 1) == chosen[1]) * weights[1]),
     }
   return sums

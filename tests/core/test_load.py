@@ -122,7 +122,7 @@ def test_arguments(write):
   write('configs/ladder.py', LADDER.replace("'4'", 'depth'))
   assert load_config('ladder').depth == 4
   assert load_config('ladder(depth=7)').depth == 7
-  assert load_config('configs/ladder.py(depth=7, scale=2)').depth == 7
+  assert load_config('configs/ladder.py(depth=2**3 - 1, scale=2)').depth == 7
   # A file may be called anything.
   write('odd(depth=7).py', LADDER.replace("'4'", 'depth'))
   assert load_config('odd(depth=7).py').depth == 4
@@ -135,20 +135,21 @@ def test_arguments(write):
       'ladder(dept=7, scale="x")',
       (
         '`get_config` in configs/ladder.py takes no argument `dept`; did you mean `depth`?',
-        "`scale` of `get_config` in configs/ladder.py is 'x'; expected float",
+        '`get_config` in configs/ladder.py: scale: \'"x"\' is not float',
       ),
     ),
     (
       'ladder(depth=7.0)',
-      ('`depth` of `get_config` in configs/ladder.py is 7.0; expected int',),
+      ("`get_config` in configs/ladder.py: depth: '7.0' is not int; did you mean 7?",),
     ),
+    ('ladder(depth=x)', ("`get_config` in configs/ladder.py: depth: 'x' is not int",)),
     (
       'first(depth=7)',
       ('`get_config` in configs/first.py takes no argument `depth`; it takes none',),
     ),
     *(
       (text, (f'config {text}: expected the file and arguments by name, such as ladder(depth=4)',))
-      for text in ('ladder(7)', 'ladder(depth=x)', 'ladder(depth=7', 'ladder(**{})', 'ladder(1)(2)')
+      for text in ('ladder(7)', 'ladder(depth=7', 'ladder(**{})', 'ladder(depth=1)(2)')
     ),
   ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.ops.losses import (
-  chunked_argmax,
+  chunked_choice,
   chunked_cross_entropy,
   cross_entropy_reference,
 )
@@ -98,12 +98,14 @@ def test_large_logits_do_not_overflow():
 
 
 @pytest.mark.parametrize('chunk', [1, 3, 7, 128])
-def test_argmax(chunk):
+def test_choice(chunk):
   """As from all logits at once; of equal logits the first."""
-  hidden, head, _, _ = inputs()
+  hidden, head, targets, weights = inputs()
   head = head.at[:, 10].set(head[:, 8])
-  got = chunked_argmax(hidden, head, chunk)
+  nats, chosen = chunked_choice(hidden, head, targets, weights, chunk)
   want = np.argmax(np.asarray(hidden) @ np.asarray(head), axis=-1)
-  assert got.dtype == jnp.int32
+  assert chosen.dtype == jnp.int32
   assert (want == 8).any()
-  np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(chosen, want)
+  expected = cross_entropy_reference(hidden, head, targets, weights)
+  assert float(nats) == pytest.approx(float(expected), rel=1e-6)
