@@ -24,7 +24,8 @@ class Context:
     placeholders: [B, T] int32 which of the row's picture embeddings stands in the token's place,
       from 0; -1 is a token. None without pictures.
     step: scalar int32 training step, or None.
-    key: random key for noise in the forward pass, or None.
+    key: random key of the step's noise, or None. A layer asks for one of its own, of the stream
+      `noise`, where there is one.
     rules: how activations are laid out over the mesh.
   """
 

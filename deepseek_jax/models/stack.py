@@ -76,7 +76,7 @@ class Stack(nn.Module):
         module = nn.scan(
           module,
           variable_axes={'params': 0, 'buffers': 0, 'losses': 0, 'observed': 0},
-          split_rngs={'params': True},
+          split_rngs={'params': True, 'noise': True},
           in_axes=(nn.broadcast, 0),
           length=part.repeats,
           metadata_params={nn.PARTITION_NAME: 'layers'},

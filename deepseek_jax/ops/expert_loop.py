@@ -24,8 +24,8 @@ class Layout(NamedTuple):
 
   Attributes:
     pair: [R] int32, the flat index n · K + k of the pair in each row; N · K marks padding.
-    row: [N, K] int32, the row of each pair.
-    sizes: [E] int32, rows of each expert, padding included.
+    row: [N, K] int32, the row of each pair; pairs that are nobody's lie behind the last expert's.
+    sizes: [E] int32, rows of each expert.
   """
 
   pair: jax.Array
@@ -117,11 +117,15 @@ def loop_over_experts(
 
 
 def _row_facts(weights: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the token and the weight (0 on padding) of every row [R], and each expert's end [E]."""
+  """Returns the token and the weight of every row [R], and each expert's end [E].
+
+  The weight is 0 on padding and on rows that are nobody's: the last block may reach into them.
+  """
   tokens, top_k = weights.shape
   token = jnp.minimum(layout.pair // top_k, tokens - 1)
   weight = jnp.take(weights.reshape(-1), layout.pair, mode='fill', fill_value=0)
-  return token, weight, jnp.cumsum(layout.sizes)
+  ends = jnp.cumsum(layout.sizes)
+  return token, jnp.where(jnp.arange(len(weight)) < ends[-1], weight, 0), ends
 
 
 def _forward(x, weights, layout, gate, up, down, blocks):
@@ -191,6 +195,7 @@ def _backward(blocks, saved, grad):
   empty = [jnp.zeros_like(w) for w in (gate, up, down)]
   start = (jnp.zeros((rows, x.shape[1]), x.dtype), jnp.zeros(rows, jnp.float32), *empty)
   grad_rows, grad_weight, *grads = lax.fori_loop(0, gate.shape[0], expert, start)
+  grad_weight = jnp.where(jnp.arange(rows) < ends[-1], grad_weight, 0)
   grad_weights = _gather(grad_weight, layout.row).astype(weights.dtype)
   return _sum_choices(grad_rows, layout), grad_weights, None, *grads
 

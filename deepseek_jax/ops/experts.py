@@ -14,7 +14,7 @@ def sort_by_expert(experts: jax.Array, count: int, padding: int = 0) -> Layout:
   """Gives every (token, choice) pair a row, so that each expert has a run of rows.
 
   Args:
-    experts: [N, K] int32.
+    experts: [N, K] int32; `count` is nobody. Those rows come last and are nobody's.
     count: number of experts E.
     padding: rows without a pair after the last expert's.
   """
@@ -94,7 +94,7 @@ def apply_experts(
 
   Args:
     x: [N, D] tokens.
-    experts: [N, K] int32 chosen experts.
+    experts: [N, K] int32 chosen experts, from 0 to E; E is nobody, whose output is zero.
     weights: [N, K] float32 weights of the choices.
     matrices: SwiGLU weights of the E experts, in the dtype of `x`.
 

@@ -81,7 +81,9 @@ def batch_totals(batch: Batch, depth: int) -> Totals:
   return Totals(jnp.maximum(targets, 1.0), batch.tokens.shape[0])
 
 
-def batch_context(batch: Batch, rules: Rules, step: jax.Array | None = None) -> Context:
+def batch_context(
+  batch: Batch, rules: Rules, step: jax.Array | None = None, key: jax.Array | None = None
+) -> Context:
   """Returns what the layers need to know about a batch [B, T]."""
   return Context(
     tokens=batch.tokens,
@@ -90,6 +92,7 @@ def batch_context(batch: Batch, rules: Rules, step: jax.Array | None = None) -> 
     images=batch.images,
     placeholders=batch.placeholders,
     step=step,
+    key=key,
     rules=rules,
   )
 
@@ -121,7 +124,11 @@ def training_loss(
     `mtp_loss` in nats a token, `auxiliary_loss`); and the collection `observed`.
   """
   (hiddens, head), reported = decoder.apply(
-    variables, context, method=_every_depth, mutable=['losses', 'observed']
+    variables,
+    context,
+    method=_every_depth,
+    mutable=['losses', 'observed'],
+    rngs={} if context.key is None else {'noise': context.key},
   )
   depth = len(hiddens) - 1
   weights, divisors = target_weights(batch, depth), totals.targets

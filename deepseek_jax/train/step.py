@@ -218,25 +218,29 @@ def make_step(
   def gradients(state: TrainState, batch: Batch, scale: Any) -> tuple[Any, Metrics, Any]:
     totals = batch_totals(batch, depth)
     weight = mtp_weight(state.step)
+    noise = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
 
-    def loss(params: Any, part: Batch):
-      context = batch_context(part, experiment.rules, state.step)
+    def loss(params: Any, part: Batch, key: jax.Array):
+      context = batch_context(part, experiment.rules, state.step, key)
       variables = {'params': params, 'buffers': state.buffers}
       chunk = experiment.objective.chunk
       return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
 
     differentiate = jax.grad(loss, has_aux=True)
     if experiment.microbatches == 1:
-      grads, (scalars, observed) = differentiate(state.params, batch)
+      grads, (scalars, observed) = differentiate(state.params, batch, noise)
       return grads, scalars, observed
 
-    def accumulate(sums: Any, part: Batch):
-      grads, (scalars, observed) = differentiate(state.params, part)
+    def accumulate(sums: Any, given: tuple[Batch, jax.Array]):
+      grads, (scalars, observed) = differentiate(state.params, *given)
       return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
 
-    parts = split_rows(batch, experiment.microbatches)
+    parts = (
+      split_rows(batch, experiment.microbatches),
+      jax.random.split(noise, experiment.microbatches),
+    )
     first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(differentiate, state.params, first)
+    shapes = jax.eval_shape(differentiate, state.params, *first)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
     return jax.lax.scan(accumulate, zeros, parts)[0]
 

@@ -14,13 +14,13 @@ from deepseek_jax.train.experiment import Experiment
 
 PARTS = ('optimizer', 'objective', 'balance')
 
-type Traced = dict[str, dict[str, Any]]
-"""Part → field → number, [] float32."""
+type Traced = dict[str, Any]
+"""Part → field → number, [] float32; and `seed`, [] uint32."""
 
 
 def traced_values(experiment: Experiment) -> Traced:
   """Returns the numbers as the config has them."""
-  found: Traced = {}
+  found: Traced = {'seed': np.uint32(experiment.seed)}
   for part in PARTS:
     config = getattr(experiment, part)
     names = getattr(config, 'traced', ())
@@ -36,9 +36,10 @@ def with_traced(experiment: Experiment, values: Traced) -> Experiment:
     experiment: a valid one.
     values: as `traced_values` returns them.
   """
-  parts = {}
+  parts = {'seed': values['seed']}
   for part, fields in values.items():
-    parts[part] = _with_fields(getattr(experiment, part), fields)
+    if part in PARTS:
+      parts[part] = _with_fields(getattr(experiment, part), fields)
   return _with_fields(experiment, parts)
 
 

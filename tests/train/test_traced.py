@@ -50,6 +50,7 @@ def test_values_are_those_of_the_config():
   experiment = changed(SHARED)
   values = traced_values(experiment)
   assert values == {
+    'seed': 3,
     'optimizer': {'peak_lr': np.float32(0.02), 'weight_decay': 0.0},
     'objective': {'mtp_weight': np.float32(0.7)},
     'balance': {'rate': 0.5},
@@ -58,7 +59,7 @@ def test_values_are_those_of_the_config():
   assert fresh.balance.rate == 0.5
   # What it was made of is as it was.
   assert tiny_mla.get_config().balance.rate != 0.5
-  assert set(values) <= set(PARTS)
+  assert set(values) <= {'seed', *PARTS}
   without = dataclasses.replace(experiment, balance=None, optimizer=Muon(peak_lr=1e-3))
   assert set(traced_values(without)) == {'optimizer', 'objective'}
 

@@ -1,5 +1,6 @@
 """What routers and dispatches offer; any object that does fits in `MoE`."""
 
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -15,14 +16,29 @@ class Assignment:
   """Which experts each of N tokens goes to.
 
   Attributes:
-    experts: [N, K] int32.
-    weights: [N, K] float32 factors on the experts' outputs.
+    experts: [N, K] int32, from 0 to E; E is nobody: that choice reaches no expert and costs none.
+    weights: [N, K] float32 factors on the experts' outputs; 0 where the choice is nobody.
     scores: [N, E] float32 affinities that balance losses are made of.
+    logits: [N, E] float32, what the scores were made of; None where there is no such thing.
   """
 
   experts: jax.Array
   weights: jax.Array
   scores: jax.Array
+  logits: jax.Array | None = None
+
+
+@struct.dataclass
+class Limits:
+  """What a router may choose from, at this step.
+
+  Attributes:
+    allowed: [E] bool, experts that may be chosen; None is all of them.
+    top_k: [] int32, choices a token has, up to K: the others are nobody; None is K.
+  """
+
+  allowed: jax.Array | None = None
+  top_k: jax.Array | None = None
 
 
 @runtime_checkable
@@ -33,14 +49,24 @@ class RouterConfig(Protocol):
     """Returns what is wrong with routing to `top_k` of `experts` experts, as messages."""
 
   def build(self, experts: int, top_k: int, name: str | None = None) -> nn.Module:
-    """Returns a module `(x [B, T, D], context) -> Assignment` with N = B·T."""
+    """Returns a module `(x [B, T, D], context, limits=None) -> Assignment` with N = B·T.
+
+    Limits are given only where the layer has any (`MoE.breaker`, `MoE.growth`).
+    """
 
 
 @runtime_checkable
 class Dispatch(Protocol):
   """How tokens reach their experts."""
 
+  def check(self, experts: int, sizes: Mapping[str, int]) -> list[str]:
+    """Returns what is wrong with `experts` experts on a mesh of these sizes, as messages."""
+
   def __call__(
     self, x: jax.Array, assignment: Assignment, matrices: ExpertWeights, context: Context
-  ) -> jax.Array:
-    """Returns Σ_k weight_k · expert_k(x) for tokens `x` [N, D]."""
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns Σ_k weight_k · expert_k(x) for tokens `x` [N, D], and what there is to log.
+
+    What is logged are sums over tokens, such as `dropped` [], choices that reached no expert for
+    want of room.
+    """

@@ -4,16 +4,15 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
 from deepseek_jax.layers.moe.dispatch.local import Local
+from deepseek_jax.layers.moe.experts import Separate
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
-from deepseek_jax.layers.weights import add_loss, observe, weight
-from deepseek_jax.ops.experts import ExpertWeights
+from deepseek_jax.layers.weights import add_loss, observe
 from deepseek_jax.ops.routing import expert_load
 
 
@@ -29,6 +28,7 @@ class MoE:
     router: how experts are chosen.
     balance: auxiliary balance loss, or None.
     dispatch: how tokens reach their experts.
+    form: what the experts' matrices are made of.
 
   Source: DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
   """
@@ -40,6 +40,7 @@ class MoE:
   router: Sigmoid = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
   dispatch: Local = Local()
+  form: Separate = Separate()
 
   def __post_init__(self):
     errors = [
@@ -77,22 +78,12 @@ class MoEFeedForward(nn.Module):
         scores = assignment.scores.reshape(batch, length, c.experts)
         add_loss(self, 'balance', c.balance(scores, context.real, c.top_k))
     tokens = x.reshape(batch * length, width)
-    matrices = self.matrices(width, x.dtype)
-    routed = c.dispatch(tokens, assignment, matrices, context).reshape(x.shape)
+    matrices = c.form.matrices(self, c.experts, width, c.hidden, x.dtype)
+    routed, facts = c.dispatch(tokens, assignment, matrices, context)
+    for name, fact in facts.items():
+      observe(self, name, fact)
+    routed = routed.reshape(x.shape)
     if c.shared is not None:
       shared = SwiGLU(hidden=c.shared * c.hidden).build('shared')
       routed += shared(x, context)
     return routed
-
-  def matrices(self, width: int, dtype: DTypeLike) -> ExpertWeights:
-    """Declares the experts' weights: gate and up [E, D, F], down [E, F, D]."""
-    c = self.config
-    inward, outward = (
-      ('expert', 'expert_embed', 'expert_mlp'),
-      ('expert', 'expert_mlp', 'expert_embed'),
-    )
-    return ExpertWeights(
-      gate=weight(self, 'gate', (c.experts, width, c.hidden), inward, dtype=dtype),
-      up=weight(self, 'up', (c.experts, width, c.hidden), inward, dtype=dtype),
-      down=weight(self, 'down', (c.experts, c.hidden, width), outward, dtype=dtype),
-    )

@@ -1,6 +1,7 @@
 """Dispatch without communication of its own."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -16,8 +17,12 @@ class Local:
   Where the experts' weights are sharded, the compiler moves what is needed.
   """
 
+  def check(self, experts: int, sizes: Mapping[str, int]) -> list[str]:
+    """Returns nothing: it runs on any mesh."""
+    return []
+
   def __call__(
     self, x: jax.Array, assignment: Assignment, matrices: ExpertWeights, context: Context
-  ) -> jax.Array:
-    """Returns Σ_k weight_k · expert_k(x) for tokens `x` [N, D]."""
-    return apply_experts(x, assignment.experts, assignment.weights, matrices)
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns Σ_k weight_k · expert_k(x) for tokens `x` [N, D]; there is nothing to log."""
+    return apply_experts(x, assignment.experts, assignment.weights, matrices), {}
