@@ -29,7 +29,8 @@ Rungs for two CPU cores, by `--config='ladder(depth=…)'`; `met` are parameters
       5     80       40  453,120   9.1 M    32  1,107     0.0064  3.2e+13    21 min
       6     96       48  771,840    15 M    40  1,508    0.00563  8.9e+13   not measured
 
-Times are tokens by the tokens a second of 40 steps, AMD EPYC with AVX2, November 2026.
+Times are tokens by the tokens a second of 40 steps, AMD EPYC with AVX2, November 2026; that of
+depth 2 is of a run on one core.
 
 Command:  python scripts/train.py --config='ladder(depth=3)' --workdir=runs/ladder_3
 Hardware: 2 CPU cores.

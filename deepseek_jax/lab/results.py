@@ -19,6 +19,7 @@ last evaluation and of the last twentieth of training; `curve` is two columns.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import pathlib
@@ -266,8 +267,17 @@ def _curve(history: History) -> dict[str, list[float]]:
 
 def write_results(path: pathlib.Path, results: Results) -> None:
   """Writes `results.json`."""
+  path.write_bytes(_encode(results))
+
+
+def digest(results: Results) -> str:
+  """Returns the SHA-256 of `results.json` as `write_results` writes it, in hexadecimal."""
+  return hashlib.sha256(_encode(results)).hexdigest()
+
+
+def _encode(results: Results) -> bytes:
   data = dataclasses.asdict(results)
-  path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+  return (json.dumps(data, indent=1, ensure_ascii=False) + '\n').encode()
 
 
 def read_results(path: pathlib.Path) -> Results:

@@ -12,8 +12,6 @@ DRAWS = 10_000
 CONFIDENCE = 0.95
 ENOUGH = 3
 """Pairs below which no interval is narrow enough to be of use."""
-
-
 MANY = 100
 """Seeds beyond which nobody waits."""
 
@@ -128,11 +126,10 @@ def seeds_to_tell(mean: float, deviation: float, confidence: float = CONFIDENCE)
   """
   if not mean or not deviation > 0:
     return None
-  for count in range(2, MANY + 1):
-    reach = stats.t.ppf((1 + confidence) / 2, count - 1) * deviation / math.sqrt(count)
-    if reach < abs(mean):
-      return count
-  return None
+  counts = np.arange(2, MANY + 1)
+  reach = stats.t.ppf((1 + confidence) / 2, counts - 1) * deviation / np.sqrt(counts)
+  enough = counts[reach < abs(mean)]
+  return int(enough[0]) if enough.size else None
 
 
 def paired_difference(

@@ -5,7 +5,6 @@ import io
 
 from matplotlib.figure import Figure
 
-from deepseek_jax.lab.groups import pair_up
 from deepseek_jax.lab.results import Results
 from deepseek_jax.lab.sweep_pictures import pictures
 from deepseek_jax.lab.verdict import FIGURES, caption, compare, headers, rows, short
@@ -26,7 +25,7 @@ def sweep_page(results: Results) -> str:
   parts = [('verdict', 'Verdict', table + markup.paragraph(caption(results, results.figure)))]
   drawn = pictures(results)
   parts += [(name, TITLES[name], _image(picture, TITLES[name])) for name, picture in drawn.items()]
-  others = [name for name in FIGURES if name != results.figure and _everywhere(results, name)]
+  others = [name for name in FIGURES if name != results.figure and _somewhere(results, name)]
   if others:
     parts.append(('figures', 'Other figures', ''.join(_other(results, name) for name in others)))
   parts.append(('variants', 'Variants', _variants(results)))
@@ -39,16 +38,15 @@ def sentences(results: Results) -> list[str]:
   """Returns what was found, a sentence for each variant that differs from the baseline."""
   unit = FIGURES[results.figure]
   lines = []
-  pairs = pair_up(results.baseline, results.variants)
   for one in compare(results):
     if one.difference is not None and one.difference.known:
       low, high = one.difference.low, one.difference.high
       lines.append(
-        f'{one.name} is {one.verdict} than {pairs[one.name]} by {abs(one.difference.mean):.4f} '
+        f'{one.name} is {one.verdict} than {one.against} by {abs(one.difference.mean):.4f} '
         f'({min(abs(low), abs(high)):.4f} to {max(abs(low), abs(high)):.4f}) in {unit}, '
         f'{one.difference.pairs} seeds.'
       )
-    elif one.name != pairs[one.name]:
+    elif one.name != one.against:
       lines.append(f'{one.name}: {one.verdict}.')
   return lines
 
@@ -64,8 +62,8 @@ def _image(picture: Figure, title: str) -> str:
   )
 
 
-def _everywhere(results: Results, figure: str) -> bool:
-  return all(variant.finished(figure) for variant in results.variants.values())
+def _somewhere(results: Results, figure: str) -> bool:
+  return any(variant.finished(figure) for variant in results.variants.values())
 
 
 def _other(results: Results, figure: str) -> str:

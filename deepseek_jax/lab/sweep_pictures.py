@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from deepseek_jax.lab.groups import families, pair_up
 from deepseek_jax.lab.picture import COLOURS, Picture
-from deepseek_jax.lab.results import Results, VariantResult
+from deepseek_jax.lab.results import Results, VariantResult, digest
 from deepseek_jax.lab.statistics import CONFIDENCE, fit_power_law, scaling_band
 from deepseek_jax.lab.verdict import FIGURES, compare
 
@@ -112,13 +112,12 @@ def draw_differences(results: Results, figure_name: str | None = None) -> Figure
   name = figure_name or results.figure
   compared = [c for c in compare(results, name) if c.difference and c.difference.pairs]
   figure, axes = figure_of(height=1.2 + 0.45 * max(len(compared), 1))
-  pairs = pair_up(results.baseline, results.variants)
   for at, one in enumerate(reversed(compared)):
     difference = one.difference
     assert difference is not None
     colour = COLOURS[0] if difference.known else '#888888'
     values = results.variants[one.name].finished(name)
-    baseline = results.variants[pairs[one.name]].finished(name)
+    baseline = results.variants[one.against].finished(name)
     points = [values[seed] - baseline[seed] for seed in values if seed in baseline]
     axes.plot(points, [at] * len(points), 'o', color=colour, ms=3.5, alpha=0.5)
     if difference.pairs > 1:
@@ -192,14 +191,23 @@ def pictures(results: Results) -> Mapping[str, Figure]:
   return found
 
 
+def drawn_from(results: Results) -> str:
+  """Returns what a picture says of where its numbers are from."""
+  return f'drawn from results.json, SHA-256 {digest(results)}'
+
+
 def write_pictures(folder: pathlib.Path, results: Results) -> list[pathlib.Path]:
-  """Writes every picture as SVG and PNG; returns the files."""
+  """Writes every picture as SVG and PNG; returns the files.
+
+  Each says in its metadata, under `Description`, which results it was drawn from.
+  """
+  description = drawn_from(results)
   files = []
   for name, figure in pictures(results).items():
     for ending in ('svg', 'png'):
       path = folder / f'{name}.{ending}'
       # Without a date and random names two runs on equal results write equal files.
-      metadata = {'Date': None} if ending == 'svg' else {}
+      metadata = {'Description': description} | ({'Date': None} if ending == 'svg' else {})
       with matplotlib.rc_context({'svg.hashsalt': name}):
         figure.savefig(path, dpi=150, metadata=metadata)
       files.append(path)

@@ -35,12 +35,14 @@ class Compared:
 
   Attributes:
     name: of the variant.
+    against: name of the baseline that it is compared with; a baseline's is its own.
     summary: of its finished runs, or None where there is none.
     difference: from the baseline, or None for the baseline itself or without a finished run.
     verdict: what can be said, and how many runs went wrong.
   """
 
   name: str
+  against: str
   summary: Summary | None
   difference: Difference | None
   verdict: str
@@ -56,34 +58,40 @@ def compare(results: Results, figure: str | None = None) -> list[Compared]:
   figure = figure or results.figure
   variants = results.variants
   return [
-    _compared(
-      name, variants[name], figure, None if pair == name else variants[pair].finished(figure)
-    )
-    for name, pair in pair_up(results.baseline, variants).items()
+    _compared(variants, name, against, figure)
+    for name, against in pair_up(results.baseline, variants).items()
   ]
 
 
 def _compared(
-  name: str, variant: VariantResult, figure: str, baseline: Mapping[int, float] | None
+  variants: Mapping[str, VariantResult], name: str, against: str, figure: str
 ) -> Compared:
+  variant = variants[name]
   values = variant.finished(figure)
+  baseline = None if against == name else variants[against].finished(figure)
   difference = paired_difference(values, baseline) if values and baseline else None
   return Compared(
     name=name,
+    against=against,
     summary=summarise(list(values.values())) if values else None,
     difference=difference,
-    verdict=_verdict(variant, _said(values, baseline, difference)),
+    verdict=_verdict(variant, _said(variant, values, baseline, difference)),
   )
 
 
 def _said(
-  values: Mapping[int, float], baseline: Mapping[int, float] | None, difference: Difference | None
+  variant: VariantResult,
+  values: Mapping[int, float],
+  baseline: Mapping[int, float] | None,
+  difference: Difference | None,
 ) -> str:
   if baseline is None:
     return 'baseline'
   if difference is not None:
     return difference.verdict
-  return 'the baseline has none' if values else 'no finished run'
+  if values:
+    return 'the baseline has none'
+  return 'has none' if variant.count('finished') else 'no finished run'
 
 
 def _verdict(variant: VariantResult, said: str) -> str:

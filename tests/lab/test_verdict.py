@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax.lab.results import Results, Run, VariantResult, read_results, write_results
 from deepseek_jax.lab.sweep_page import sentences, sweep_page
 from deepseek_jax.lab.sweep_pictures import is_ladder, pictures, write_pictures
-from deepseek_jax.lab.verdict import compare, headers, markdown, rows
+from deepseek_jax.lab.verdict import FIGURES, compare, headers, markdown, rows
 
 NOISE = np.random.default_rng(5).normal(0, 0.05, 8)
 
@@ -119,6 +119,24 @@ def test_the_page_is_whole_and_loads_nothing(results):
   assert not re.search(r'(src|href)="(?!data:|#)', page)
 
 
+def test_a_figure_that_only_some_have_is_shown(results):
+  page = sweep_page(results)
+  assert FIGURES['mtp_acceptance'] not in page
+  found = results.variants['better']
+  runs = {
+    seed: dataclasses.replace(run, figures={**run.figures, 'mtp_acceptance': 0.5})
+    for seed, run in found.runs.items()
+  }
+  some = {**results.variants, 'better': dataclasses.replace(found, runs=runs)}
+  results = dataclasses.replace(results, variants=some)
+  assert FIGURES['mtp_acceptance'] in sweep_page(results)
+  lines = {one.name: one for one in compare(results, 'mtp_acceptance')}
+  assert lines['better'].verdict == 'the baseline has none'
+  assert lines['same'].verdict == 'has none'
+  assert lines['gone'].verdict.startswith('no finished run')
+  assert [row[5] for row in rows(results, 'mtp_acceptance')][:2] == ['—', '0.5000 ± 0.0000']
+
+
 def test_groups_are_compared_each_within_itself(results):
   noise = NOISE[:3]
   sizes = {
@@ -130,6 +148,9 @@ def test_groups_are_compared_each_within_itself(results):
   }
   ladder = dataclasses.replace(results, baseline='rule', variants=sizes)
   found = verdicts(ladder)
+  assert {one.against for one in compare(ladder) if one.name.startswith('size_1')} == {
+    'size_1,rule'
+  }
   assert [found[f'size_{n},rule'] for n in range(3)] == ['baseline'] * 3
   lows = [found[f'size_{n},low'].split(' (')[0] for n in range(3)]
   assert lows == ['lower', 'not distinguishable', 'higher']
