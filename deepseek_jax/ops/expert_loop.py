@@ -1,21 +1,18 @@
 """SwiGLU experts on a CPU: one loop over experts, one product for each block of their rows.
 
-XLA has no grouped product for CPU, and `jax.lax.ragged_dot` multiplies every row with every matrix
-there. A product of few rows takes little less time than one of many, since the matrix has to be
-laid out for it each time: so the rows of an expert are cut into blocks as large as an even share,
-and the rest is one block more, which may reach into the next expert's rows. What is written there
-is written again when that expert's turn comes. Everything that happens to a block happens while it
-is in the cache, and the gradient is a loop of its own: kept for it are the products of gate and up.
+Rows are cut into blocks as in `kernels/grouped_cpu.py`. Everything that happens to a block happens
+while it is in the cache, and the gradient is a loop of its own: kept for it are the products of
+gate and up.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.ops.kernels.grouped_cpu import dot, each_block, pick, read, write
 from deepseek_jax.ops.norm import swiglu
 
 
@@ -33,57 +30,9 @@ class Layout(NamedTuple):
   sizes: jax.Array
 
 
-def block_sizes(pairs: int, experts: int) -> tuple[int, ...]:
-  """Chooses rows a block: about an expert's even share, half, a quarter and an eighth of it."""
-  share = max(pairs // experts, 1)
-  largest = min(max(1 << (share.bit_length() - 1), 8), 512)
-  return tuple(size for size in (largest, largest // 2, largest // 4, largest // 8) if size >= 8)
-
-
-def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-  """Multiplies two matrices over one axis of each; sums are float32."""
-  return lax.dot_general(
-    a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
-  )
-
-
-def _each_block(
-  blocks: tuple[int, ...], start: jax.Array, stop: jax.Array, body: Callable[..., Any], carry: Any
-) -> Any:
-  """Runs `body(first row, rows, carry)` until rows [start, stop) are done.
-
-  As many of the largest blocks as fit; then one of the smallest that holds the rest.
-  """
-  whole, rest = (stop - start) // blocks[0], (stop - start) % blocks[0]
-  at = start
-  for size, smaller in zip(blocks, (*blocks[1:], 0), strict=True):
-    count = ((rest > smaller) & (rest <= size)).astype(jnp.int32)
-    if size == blocks[0]:
-      count += whole
-    carry = lax.fori_loop(0, count, functools.partial(_at, body, at, size), carry)
-    at = start + whole * blocks[0]
-  return carry
-
-
-def _at(body, start, size, i, carry):
-  return body(start + i * size, size, carry)
-
-
-def _pick(array: jax.Array, index: jax.Array) -> jax.Array:
-  return lax.dynamic_index_in_dim(array, index, keepdims=False)
-
-
-def _read(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
-  return lax.dynamic_slice_in_dim(array, start, size)
-
-
 def _gather(array: jax.Array, index: jax.Array) -> jax.Array:
   """Picks rows that are known to exist: nothing is compared, nothing filled in."""
   return array.at[index].get(mode='promise_in_bounds')
-
-
-def _write(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
-  return lax.dynamic_update_slice_in_dim(array, block.astype(array.dtype), start, 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -132,16 +81,16 @@ def _forward(x, weights, layout, gate, up, down, blocks):
   token, weight, ends = _row_facts(weights, layout)
 
   def expert(e, carry):
-    w_gate, w_up, w_down = (_pick(w, e) for w in (gate, up, down))
+    w_gate, w_up, w_down = (pick(w, e) for w in (gate, up, down))
 
     def block(start, size, carry):
       out, gates, ups = carry
-      tokens = _gather(x, _read(token, start, size))
-      g, u = (_product(tokens, w, (1, 0)).astype(x.dtype) for w in (w_gate, w_up))
-      result = _product(swiglu(g, u), w_down, (1, 0)) * _read(weight, start, size)[:, None]
-      return _write(out, result, start), _write(gates, g, start), _write(ups, u, start)
+      tokens = _gather(x, read(token, start, size))
+      g, u = (dot(tokens, w, (1, 0)).astype(x.dtype) for w in (w_gate, w_up))
+      result = dot(swiglu(g, u), w_down, (1, 0)) * read(weight, start, size)[:, None]
+      return write(out, result, start), write(gates, g, start), write(ups, u, start)
 
-    return _each_block(blocks, ends[e] - layout.sizes[e], ends[e], block, carry)
+    return each_block(blocks, ends[e] - layout.sizes[e], ends[e], block, carry)
 
   rows, (count, width, hidden) = token.shape[0], gate.shape
   sizes = ((rows, width), (rows, hidden), (rows, hidden))
@@ -159,23 +108,23 @@ def _backward(blocks, saved, grad):
     grad_rows, grad_weight, d_gate, d_up, d_down = carry
     # Transposed once for all blocks of the expert: the products below then read rows in order. The
     # barrier keeps the compiler from folding the transposition back into them.
-    both = jnp.concatenate([_pick(gate, e).T, _pick(up, e).T])
-    both, from_out = lax.optimization_barrier((both, _pick(down, e).T))
+    both = jnp.concatenate([pick(gate, e).T, pick(up, e).T])
+    both, from_out = lax.optimization_barrier((both, pick(down, e).T))
 
     def block(start, size, carry):
       grad_rows, grad_weight, d_both, d_down = carry
-      index = _read(token, start, size)
+      index = read(token, start, size)
       parts = _pull_block(
         _gather(x, index),
         _gather(grad, index),
-        _read(weight, start, size)[:, None],
+        read(weight, start, size)[:, None],
         (start + jnp.arange(size) < ends[e])[:, None],
-        (_read(gates, start, size), _read(ups, start, size)),
+        (read(gates, start, size), read(ups, start, size)),
         (both, from_out),
       )
       return (
-        _write(grad_rows, parts[0], start),
-        _write(grad_weight, parts[1], start),
+        write(grad_rows, parts[0], start),
+        write(grad_weight, parts[1], start),
         d_both + parts[2],
         d_down + parts[3],
       )
@@ -183,7 +132,7 @@ def _backward(blocks, saved, grad):
     # Sums over the blocks of an expert stay float32 until the last one is in.
     sums = (jnp.zeros(both.shape[::-1], jnp.float32), jnp.zeros(from_out.shape[::-1], jnp.float32))
     first = ends[e] - layout.sizes[e]
-    found = _each_block(blocks, first, ends[e], block, (grad_rows, grad_weight, *sums))
+    found = each_block(blocks, first, ends[e], block, (grad_rows, grad_weight, *sums))
     parts = zip((d_gate, d_up, d_down), (*jnp.split(found[2], 2, axis=1), found[3]), strict=True)
     grads = (
       lax.dynamic_update_index_in_dim(whole, part.astype(whole.dtype), e, 0)
@@ -219,17 +168,17 @@ def _pull_block(tokens, back, factor, own, saved, transposed):
   hidden, pull = jax.vjp(swiglu, *saved)
   # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
   # product with `back`, without that result.
-  to_hidden = _product(back, from_out, (1, 0))
+  to_hidden = dot(back, from_out, (1, 0))
   d_weight = jnp.sum(hidden.astype(jnp.float32) * to_hidden, axis=1)
   pulled = pull(jnp.where(own, to_hidden * factor, 0).astype(tokens.dtype))
   # Gate and up side by side: one product of twice the size where there were two.
   d_both = jnp.concatenate(pulled, axis=1)
   weighted = jnp.where(own, hidden.astype(jnp.float32) * factor, 0).astype(tokens.dtype)
   return (
-    _product(d_both, both, (1, 0)),
+    dot(d_both, both, (1, 0)),
     d_weight,
-    _product(tokens, d_both, (0, 0)),
-    _product(weighted, back, (0, 0)),
+    dot(tokens, d_both, (0, 0)),
+    dot(weighted, back, (0, 0)),
   )
 
 

@@ -1,12 +1,13 @@
 """Dropless expert layers: sort tokens by expert, multiply group by group, sum per token."""
 
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.ops.expert_loop import Layout, block_sizes, loop_over_experts
+from deepseek_jax.ops.expert_loop import Layout, loop_over_experts
+from deepseek_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
+from deepseek_jax.ops.kernels.grouped_cpu import block_sizes
 from deepseek_jax.ops.norm import swiglu
 
 
@@ -111,18 +112,18 @@ def apply_experts(
     with jax.named_scope('experts'):
       return loop_over_experts(x, weights, layout, gate, up, down, blocks)
 
-  def ragged(x, experts, weights, gate, up, down):
+  def grouped(x, experts, weights, gate, up, down):
     layout = sort_by_expert(experts, count)
     with jax.named_scope('spread'):
       rows = spread(x, layout)
-    multiply = functools.partial(jax.lax.ragged_dot, group_sizes=layout.sizes)
     with jax.named_scope('experts'):
-      rows = multiply(swiglu(multiply(rows, gate), multiply(rows, up)), down)
+      hidden = grouped_swiglu(rows, gate, up, layout.sizes)
+      rows = grouped_matmul(hidden, down, layout.sizes)
     with jax.named_scope('combine'):
       return combine(rows, weights, layout)
 
-  # On CPU ragged_dot multiplies every row with every expert.
-  return jax.lax.platform_dependent(x, experts, weights, *matrices, cpu=looped, default=ragged)
+  # On a CPU the three products of a block are made one after the other, while it is in the cache.
+  return jax.lax.platform_dependent(x, experts, weights, *matrices, cpu=looped, default=grouped)
 
 
 def apply_experts_reference(

@@ -27,6 +27,8 @@ ACCELERATORS = ('tpu', 'cuda', 'rocm')
 
 RAGGED = 'composite "chlo.ragged_dot"'
 """The grouped matrix product of accelerators, as it stands in a module."""
+KERNEL = 'tpu_custom_call'
+"""That of a TPU, where the arrays are whole."""
 BLOCKS = re.compile(r'loc\("[^"]*/experts/[^"]*while')
 """The loop over blocks of tokens that is for CPU alone, in the names of a module's operations."""
 
@@ -76,6 +78,20 @@ def test_cpu(name):
   text = lowered(name, ('cpu',)).mlir_module()
   assert BLOCKS.search(text)
   assert 'ragged_dot' not in text
+  assert KERNEL not in text
+
+
+def test_tpu():
+  """Pallas kernels on one device."""
+  experiment = resolved(load_config(FOLDER / 'tiny_mla.py'), BFloat16())
+  made = build_program(experiment, jax.devices()[:1])
+  with jax.set_mesh(made.mesh):
+    traced = made.step.function.trace(
+      made.abstract_state, made.abstract_batch(), *made.step.constants
+    )
+    text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert KERNEL in text
+  assert 'ragged_dot' not in text
 
 
 def test_the_step_is_whole():
@@ -84,7 +100,7 @@ def test_the_step_is_whole():
   made = program('tiny_mla')
   state = jax.tree.leaves(made.abstract_state)
   numbers = jax.tree.leaves(made.step.constants)
-  assert len(numbers) == 4
+  assert len(numbers) == 5
   assert len(exported.in_avals) == len(state) + 6 + len(numbers)
   assert [(a.shape, a.dtype) for a in exported.out_avals[: len(state)]] == [
     (leaf.shape, leaf.dtype) for leaf in state

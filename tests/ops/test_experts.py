@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.ops.expert_loop import block_sizes, loop_over_experts
+from deepseek_jax.ops.expert_loop import loop_over_experts
 from deepseek_jax.ops.experts import (
   ExpertWeights,
   apply_experts,
@@ -16,7 +16,8 @@ from deepseek_jax.ops.experts import (
   sort_by_expert,
   spread,
 )
-from deepseek_jax.ops.norm import swiglu
+from deepseek_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
+from deepseek_jax.ops.kernels.grouped_cpu import block_sizes
 
 D, F = 6, 5
 
@@ -63,10 +64,10 @@ def test_sort_by_expert(case, padding):
 
 
 def test_block_sizes():
-  assert block_sizes(pairs=3, experts=64) == (8,)
-  assert block_sizes(pairs=512, experts=16) == (32, 16, 8)
-  assert block_sizes(pairs=16384, experts=32) == (512, 256, 128, 64)
-  assert block_sizes(pairs=10**6, experts=8) == (512, 256, 128, 64)
+  assert block_sizes(rows=3, experts=64) == (8,)
+  assert block_sizes(rows=512, experts=16) == (32, 16, 8)
+  assert block_sizes(rows=16384, experts=32) == (512, 256, 128, 64)
+  assert block_sizes(rows=10**6, experts=8) == (512, 256, 128, 64)
 
 
 def inputs(case, dtype=jnp.float32):
@@ -98,20 +99,18 @@ def looped(blocks, x, experts, weights, matrices):
   return loop_over_experts(x, weights, layout, *matrices, blocks)
 
 
-def ragged(x, experts, weights, matrices):
+def grouped(x, experts, weights, matrices):
   """What `apply_experts` runs on accelerators, put together from the same pieces."""
   layout = sort_by_expert(experts, matrices.gate.shape[0])
-  rows = spread(x, layout)
-  multiply = functools.partial(jax.lax.ragged_dot, group_sizes=layout.sizes)
-  hidden = swiglu(multiply(rows, matrices.gate), multiply(rows, matrices.up))
-  return combine(multiply(hidden, matrices.down), weights, layout)
+  hidden = grouped_swiglu(spread(x, layout), matrices.gate, matrices.up, layout.sizes)
+  return combine(grouped_matmul(hidden, matrices.down, layout.sizes), weights, layout)
 
 
 FORMS = {
   'here': apply_experts,
   'blocks_4': functools.partial(looped, (4,)),
   'blocks_8_4_2': functools.partial(looped, (8, 4, 2)),
-  'ragged': ragged,
+  'grouped': grouped,
 }
 
 
@@ -137,7 +136,7 @@ def test_reference(case):
 
 
 # What `apply_experts` itself picks takes longest to compile, and is made of the same pieces.
-PAIRS = [(form, case) for form in ('blocks_4', 'blocks_8_4_2', 'ragged') for case in CASES]
+PAIRS = [(form, case) for form in ('blocks_4', 'blocks_8_4_2', 'grouped') for case in CASES]
 PAIRS += [('here', case) for case in ('7_tokens', '45_tokens_idle_experts', 'one_token')]
 
 
@@ -161,10 +160,13 @@ def test_bfloat16():
   assert np.max(error) < 0.03 * np.max(np.abs(want))
 
 
-@pytest.mark.parametrize(('platform', 'operation'), [('cpu', 'while'), ('tpu', 'ragged_dot')])
+@pytest.mark.parametrize(
+  ('platform', 'operation'), [('cpu', 'while'), ('tpu', 'tpu_custom_call'), ('cuda', 'ragged_dot')]
+)
 def test_each_platform_has_its_form(platform, operation):
   *arguments, _ = inputs('7_tokens')
   traced = jax.jit(apply_experts).trace(*arguments)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
   assert operation in text
-  assert ('ragged_dot' in text) == (operation == 'ragged_dot')
+  for other in {'tpu_custom_call', 'ragged_dot'} - {operation}:
+    assert other not in text

@@ -1,0 +1,132 @@
+"""Products of many matrices with the rows that belong to each: what experts are made of.
+
+The rows of one expert follow those of the one before; `sizes` says how many each has. Rows after
+the last expert's are nobody's: their results and gradients are zero.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from deepseek_jax.ops.kernels import grouped_cpu, grouped_tpu
+from deepseek_jax.ops.norm import swiglu
+
+
+@jax.custom_vjp
+def grouped_matmul(tokens: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Multiplies the rows of each expert with its matrix; sums are float32.
+
+  Each platform has its own form: blocks in a loop on a CPU, Pallas kernels on a TPU,
+  `jax.lax.ragged_dot` elsewhere; and on a TPU where the compiler is left to partition the arrays,
+  which it cannot do to a kernel.
+
+  Args:
+    tokens: [N, D] rows, one expert's after the other's.
+    weights: [E, D, F] in the dtype of `tokens`.
+    sizes: [E] int32, rows of each expert; they sum to N at most.
+
+  Returns:
+    [N, F] in the dtype of `tokens`.
+
+  Source: Gale et al., MegaBlocks, arXiv 2211.15841, section 5.
+  """
+  return _multiply(tokens, (weights,), sizes)[0]
+
+
+def _matmul_forward(tokens, weights, sizes):
+  return grouped_matmul(tokens, weights, sizes), (tokens, weights, sizes)
+
+
+def _matmul_backward(saved, grad):
+  tokens, weights, sizes = saved
+  back = _multiply(grad, (weights,), sizes, transposed=True)[0]
+  return back, _weight_gradient(tokens, grad, sizes), None
+
+
+grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
+def grouped_swiglu(
+  tokens: jax.Array, gate: jax.Array, up: jax.Array, sizes: jax.Array
+) -> jax.Array:
+  """Gates what each expert's `up` makes of its rows with what its `gate` makes of them.
+
+  Args:
+    tokens: [N, D] rows, one expert's after the other's.
+    gate: [E, D, F] in the dtype of `tokens`.
+    up: [E, D, F].
+    sizes: [E] int32, rows of each expert; they sum to N at most.
+
+  Returns:
+    [N, F] in the dtype of `tokens`.
+
+  Source: Shazeer, arXiv 2002.05202, equation 6.
+  """
+  return swiglu(*_multiply(tokens, (gate, up), sizes))
+
+
+def _swiglu_forward(tokens, gate, up, sizes):
+  products = _multiply(tokens, (gate, up), sizes)
+  return swiglu(*products), (tokens, gate, up, sizes, products)
+
+
+def _swiglu_backward(saved, grad):
+  tokens, gate, up, sizes, products = saved
+  from_gate, from_up = jax.vjp(swiglu, *products)[1](grad)
+  back = _multiply(from_gate, (gate,), sizes, transposed=True)[0].astype(jnp.float32)
+  back += _multiply(from_up, (up,), sizes, transposed=True)[0]
+  grads = (_weight_gradient(tokens, x, sizes) for x in (from_gate, from_up))
+  return back.astype(tokens.dtype), *grads, None
+
+
+grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
+
+
+def grouped_matmul_reference(tokens: jax.Array, weights: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Slow and obvious twin of `grouped_matmul`: every row [N, D] with every matrix [E, D, F]."""
+  owner = jnp.searchsorted(jnp.cumsum(sizes), jnp.arange(len(tokens)), side='right')
+  every = jnp.einsum('nd,edf->nef', tokens, weights, preferred_element_type=jnp.float32)
+  own = jax.nn.one_hot(owner, len(sizes), dtype=jnp.float32)
+  return jnp.einsum('nef,ne->nf', every, own).astype(tokens.dtype)
+
+
+def _multiply(tokens, weights, sizes, transposed=False):
+  """Multiplies rows [N, D] with each of several stacks of matrices [E, D, F]."""
+
+  def tpu(tokens, sizes, *weights):
+    product = functools.partial(grouped_tpu.multiply, transposed=transposed)
+    return tuple(product(tokens, w, sizes) for w in weights)
+
+  def cpu(tokens, sizes, *weights):
+    return grouped_cpu.multiply(tokens, weights, sizes, transposed=transposed)
+
+  def ragged(tokens, sizes, *weights):
+    return tuple(
+      lax.ragged_dot(tokens, jnp.swapaxes(w, 1, 2) if transposed else w, sizes) for w in weights
+    )
+
+  forms = {'cpu': cpu, 'tpu': tpu} if _unpartitioned() else {'cpu': cpu}
+  return lax.platform_dependent(tokens, sizes, *weights, **forms, default=ragged)
+
+
+def _weight_gradient(tokens, grads, sizes):
+  """Sums tokenᵀ · gradient over each expert's rows, giving [E, D, F]."""
+  rows = lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((0,), (0,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[],
+  )
+  forms = {'cpu': grouped_cpu.weight_gradient}
+  if _unpartitioned():
+    forms['tpu'] = grouped_tpu.weight_gradient
+  ragged = functools.partial(lax.ragged_dot_general, ragged_dot_dimension_numbers=rows)
+  return lax.platform_dependent(tokens, grads, sizes, **forms, default=ragged)
+
+
+def _unpartitioned() -> bool:
+  """Whether the arrays here are whole: on one device, or inside of `shard_map` over all axes."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)

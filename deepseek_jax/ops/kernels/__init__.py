@@ -1,0 +1,1 @@
+"""Fast paths of one back end; each has a slow reference twin elsewhere in `ops`."""

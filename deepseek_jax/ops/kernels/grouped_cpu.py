@@ -1,0 +1,141 @@
+"""Grouped products on a CPU: one loop over experts, one product for each block of their rows.
+
+XLA has no grouped product for CPU: `jax.lax.ragged_dot` multiplies every row with every matrix
+there. A product of few rows takes little less time than one of many, since the matrix has to be
+laid out for it each time: so the rows of an expert are cut into blocks as large as an even share,
+and the rest is one block more, which may reach into the next expert's rows. What is written there
+is written again when that expert's turn comes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def block_sizes(rows: int, experts: int) -> tuple[int, ...]:
+  """Chooses rows a block: about an expert's even share, half, a quarter and an eighth of it."""
+  share = max(rows // experts, 1)
+  largest = min(max(1 << (share.bit_length() - 1), 8), 512)
+  return tuple(size for size in (largest, largest // 2, largest // 4, largest // 8) if size >= 8)
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+  """Multiplies matrices [I, J] and [J, K] over an axis of each, giving [I, K] float32."""
+  return lax.dot_general(
+    a, b, (((contract[0],), (contract[1],)), ((), ())), preferred_element_type=jnp.float32
+  )
+
+
+def each_block(
+  blocks: tuple[int, ...], start: jax.Array, stop: jax.Array, body: Callable[..., Any], carry: Any
+) -> Any:
+  """Runs `carry = body(first row, rows, carry)` until all rows of an expert are done.
+
+  As many of the largest blocks as fit; then one of the smallest that holds the rest.
+
+  Args:
+    blocks: rows of a block, largest first.
+    start: [] int32, the expert's first row.
+    stop: [] int32, the row after its last.
+    body: what is done to a block.
+    carry: what `body` is given first.
+  """
+  whole, rest = (stop - start) // blocks[0], (stop - start) % blocks[0]
+  at = start
+  for size, smaller in zip(blocks, (*blocks[1:], 0), strict=True):
+    count = ((rest > smaller) & (rest <= size)).astype(jnp.int32)
+    if size == blocks[0]:
+      count += whole
+    carry = lax.fori_loop(0, count, functools.partial(_at, body, at, size), carry)
+    at = start + whole * blocks[0]
+  return carry
+
+
+def _at(body, start, size, i, carry):
+  return body(start + i * size, size, carry)
+
+
+def pick(array: jax.Array, index: jax.Array) -> jax.Array:
+  """Returns one expert's matrix [D, F] of [E, D, F]."""
+  return lax.dynamic_index_in_dim(array, index, keepdims=False)
+
+
+def read(array: jax.Array, start: jax.Array, size: int) -> jax.Array:
+  """Returns rows [size, …] of [R, …]."""
+  return lax.dynamic_slice_in_dim(array, start, size)
+
+
+def write(array: jax.Array, block: jax.Array, start: jax.Array) -> jax.Array:
+  """Returns [R, …] with rows replaced from `start` on."""
+  return lax.dynamic_update_slice_in_dim(array, block.astype(array.dtype), start, 0)
+
+
+def multiply(
+  tokens: jax.Array, weights: tuple[jax.Array, ...], sizes: jax.Array, *, transposed: bool = False
+) -> tuple[jax.Array, ...]:
+  """Multiplies rows [N, D] with each of several stacks of matrices; each row is read once.
+
+  Args:
+    tokens: [N, D] rows, one expert's after the other's.
+    weights: stacks [E, D, F], or [E, F, D] transposed.
+    sizes: [E] int32, rows of each expert.
+    transposed: whether the matrices are.
+
+  Returns:
+    One array [N, F] for each stack, in the dtype of `tokens`; zero after the last expert's rows.
+  """
+  count, total = len(sizes), tokens.shape[0]
+  blocks, ends = block_sizes(total, count), jnp.cumsum(sizes)
+  padded = jnp.pad(tokens, ((0, blocks[0]), (0, 0)))
+
+  def expert(e, carry):
+    # The barrier keeps the compiler from folding the transposition back into the products, which
+    # then would read columns.
+    own = [pick(w, e).T if transposed else pick(w, e) for w in weights]
+    own = lax.optimization_barrier(own)
+
+    def block(start, size, carry):
+      rows = read(padded, start, size)
+      return tuple(write(out, dot(rows, w, (1, 0)), start) for out, w in zip(carry, own))
+
+    return each_block(blocks, ends[e] - sizes[e], ends[e], block, carry)
+
+  axis = 1 if transposed else 2
+  empty = tuple(jnp.zeros((len(padded), w.shape[axis]), tokens.dtype) for w in weights)
+  found = lax.fori_loop(0, count, expert, empty)
+  real = jnp.arange(total) < ends[-1]
+  return tuple(jnp.where(real[:, None], out[:total], 0) for out in found)
+
+
+def weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Sums tokenᵀ · gradient over the rows of each expert, in float32.
+
+  Args:
+    tokens: [N, D].
+    grads: [N, F].
+    sizes: [E] int32.
+
+  Returns:
+    [E, D, F] in the dtype of `tokens`.
+  """
+  count, blocks, ends = len(sizes), block_sizes(tokens.shape[0], len(sizes)), jnp.cumsum(sizes)
+  tokens, grads = (jnp.pad(x, ((0, blocks[0]), (0, 0))) for x in (tokens, grads))
+
+  def expert(e, out):
+    def block(start, size, total):
+      # A row of the next expert must count for nothing here.
+      own = (start + jnp.arange(size) < ends[e])[:, None]
+      return total + dot(
+        read(tokens, start, size), jnp.where(own, read(grads, start, size), 0), (0, 0)
+      )
+
+    zeros = jnp.zeros(out.shape[1:], jnp.float32)
+    total = each_block(blocks, ends[e] - sizes[e], ends[e], block, zeros)
+    return lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), e, 0)
+
+  shape = (count, tokens.shape[1], grads.shape[1])
+  return lax.fori_loop(0, count, expert, jnp.zeros(shape, tokens.dtype))
