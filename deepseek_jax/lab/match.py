@@ -15,7 +15,7 @@ import jax
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.describe import duration, si, table
-from deepseek_jax.models.cost import active_parameters, training_flops
+from deepseek_jax.models.cost import active_parameters, making_flops, training_flops
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program
 from deepseek_jax.train.summary import experiment_weights
@@ -86,7 +86,8 @@ class FlopsPerToken:
   """The whole run of each variant takes as many training FLOPs: a dearer token means fewer of them.
 
   FLOPs are those of `models/cost.py`: three times the forward pass, attention's mixing included,
-  nothing for recomputation or for moving data. Batch size and length are taken into account.
+  nothing for recomputation or for moving data. Batch size and length are taken into account, and so
+  are experts' matrices that are made from factors in every pass.
   """
 
   unit = 'training FLOPs a step'
@@ -243,5 +244,7 @@ def step_flops(program: Program) -> float:
   data: Any = program.experiment.data
   pictures = 0 if data.image_shape is None else data.image_shape[0]
   weights = experiment_weights(program)
-  token = training_flops(program.experiment.model, weights, data.length, pictures)
-  return token * data.length * data.batch_size
+  model = program.experiment.model
+  token = training_flops(model, weights, data.length, pictures)
+  making = 3.0 * making_flops(model) * program.experiment.microbatches
+  return token * data.length * data.batch_size + making

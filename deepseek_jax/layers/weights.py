@@ -39,10 +39,11 @@ def weight(
   *,
   dtype: DTypeLike,
   inputs: int = 1,
+  gain: float = 1.0,
 ) -> jax.Array:
   """Declares a matrix and returns it in the compute dtype.
 
-  The master copy is float32, normal with standard deviation 1 / √(fan-in).
+  The master copy is float32, normal with standard deviation gain / √(fan-in).
 
   Args:
     module: the module that owns the weight.
@@ -51,10 +52,11 @@ def weight(
     axes: logical axis names, one an axis; None is never sharded.
     dtype: dtype of the activations that the weight will meet.
     inputs: how many axes, after the batch axes, are inputs.
+    gain: factor on the standard deviation, where a matrix is one of several that are summed.
   """
   batch = sum(axis in BATCH_AXES for axis in axes)
   fan_in = math.prod(shape[batch : batch + inputs])
-  init = nn.initializers.normal(1.0 / math.sqrt(fan_in))
+  init = nn.initializers.normal(gain / math.sqrt(fan_in))
   return module.param(name, labelled(init, tuple(axes)), tuple(shape)).astype(dtype)
 
 

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepseek_jax.core.tree import flatten
+from deepseek_jax.layers.moe.experts import Met
+from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.weights import BATCH_AXES
 from deepseek_jax.models.decoder import Family, plan_segments
 from deepseek_jax.models.encoder import encoder_layers
@@ -24,6 +26,7 @@ class Weight:
     axes: logical axis names.
     used: share of it that one token meets (chosen over all experts), 0 for a look-up table.
     vectors: for a weight of an encoder, vectors of one picture that meet it; None where tokens do.
+    products: how many times over a token is multiplied with the share it meets.
   """
 
   address: str
@@ -31,6 +34,7 @@ class Weight:
   axes: tuple[str | None, ...]
   used: float
   vectors: int | None = None
+  products: float = 1.0
 
   @property
   def size(self) -> int:
@@ -46,35 +50,49 @@ class Weight:
 def weights_of(family: Family, params: Any, axes: Any, remat: Remat | None = None) -> list[Weight]:
   """Lists every parameter array of a model; `params` may be shapes such as [L, D, F] alone."""
   flat_axes = flatten(axes)
-  blocks = dict(_blocks(family, remat))
+  blocks = dict(blocks_by_address(family, remat))
   result = []
   for address, leaf in flatten(params).items():
     names = flat_axes[address]
-    used, vectors = 1.0, None
+    met, vectors = _met(address, blocks), None
     if address.startswith('embedding/') or address.endswith('stem/position'):
-      used = 0.0
-    elif 'expert' in names:
-      layer = next(block for prefix, block in blocks.items() if address.startswith(prefix))
-      used = layer.feed_forward.top_k / layer.feed_forward.experts  # type: ignore[union-attr]
+      met = Met(0.0)
     if isinstance(family, Multimodal) and address.startswith('image/'):
       image = family.image
       vectors = image.slots if address.startswith('image/projection/') else image.patches
-    result.append(Weight(address, tuple(leaf.shape), names, used, vectors))
+    result.append(
+      Weight(address, tuple(leaf.shape), names, met.share, vectors, products=met.products)
+    )
   return result
 
 
-def _blocks(family: Family, remat: Remat | None) -> Iterator[tuple[str, Block]]:
+def _met(address: str, blocks: Mapping[str, Block]) -> Met:
+  """What a token does with a weight of the decoder."""
+  prefix, inside, name = address.rpartition('/feed_forward/')
+  block = blocks.get(f'{prefix}/') if inside else None
+  if block is None or not isinstance(block.feed_forward, MoE):
+    return Met(1.0)
+  moe = block.feed_forward
+  return moe.form.met(moe.experts, moe.top_k).get(name, Met(1.0))
+
+
+def blocks_by_address(family: Family, remat: Remat | None = None) -> Iterator[tuple[str, Block]]:
+  """Yields (where its weights lie, block) of every block that is compiled, MTP's last.
+
+  A block of a scan stands for all of its repeats.
+  """
   for number, part in enumerate(plan_segments(family, remat)):
     for place, block in enumerate(part.pattern):
       yield f'stack/segment_{number}/block_{place}/', block
   for depth in range(0 if family.mtp is None else family.mtp.depth):
-    yield f'mtp_{depth}/', family.layers()[-1]
+    yield f'mtp_{depth}/block/', family.layers()[-1]
 
 
 def active_parameters(weights: list[Weight]) -> int:
   """Returns the parameters that one token is multiplied with, MTP modules included.
 
-  Those of an encoder are not among them: patches meet them, which are no tokens.
+  Those of an encoder are not among them: patches meet them, which are no tokens. What several of a
+  token's experts share counts once.
   """
   return round(sum(w.size * w.used for w in weights if w.is_matrix and w.vectors is None))
 
@@ -90,10 +108,11 @@ def picture_flops(family: Family, weights: list[Weight]) -> float:
 
 
 def forward_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
-  """Returns forward FLOPs a token: 2 a parameter met, and the mixing of attention.
+  """Returns forward FLOPs a token: 2 a parameter it is multiplied with, and attention's mixing.
 
   Attention is counted causally, over segments of `length` tokens: packed documents that are
   shorter cost less than this. The head is counted once more for every MTP depth.
+  What is done once a pass, however many tokens there are, is left to `making_flops`.
 
   Args:
     family: the model.
@@ -107,7 +126,10 @@ def forward_flops(family: Family, weights: list[Weight], length: int, pictures: 
   mixing = sum(block.attention.mixing_flops(length) for block in layers)
   head = family.width * family.vocab * depth
   seen = pictures * picture_flops(family, weights) / length
-  return 2.0 * (active_parameters(weights) + head) + mixing + seen
+  met = round(
+    sum(w.size * w.used * w.products for w in weights if w.is_matrix and w.vectors is None)
+  )
+  return 2.0 * (met + head) + mixing + seen
 
 
 def training_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
@@ -116,3 +138,19 @@ def training_flops(family: Family, weights: list[Weight], length: int, pictures:
   Source: the convention of PaLM, arXiv 2204.02311, appendix B.
   """
   return 3.0 * forward_flops(family, weights, length, pictures)
+
+
+def making_flops(family: Family) -> float:
+  """Returns FLOPs of making the experts' matrices, once a forward pass; 0 where they are kept.
+
+  A training step takes three times that for each of its microbatches, beside `training_flops` for
+  each of its tokens.
+  """
+  depth = 0 if family.mtp is None else family.mtp.depth
+  layers = family.layers()
+  layers += [layers[-1]] * depth
+  return sum(
+    moe.form.making_flops(moe.experts, family.width, moe.hidden)
+    for moe in (block.feed_forward for block in layers)
+    if isinstance(moe, MoE)
+  )

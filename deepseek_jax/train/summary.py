@@ -12,6 +12,7 @@ from deepseek_jax.models.cost import (
   Weight,
   active_parameters,
   forward_flops,
+  making_flops,
   picture_flops,
   training_flops,
   weights_of,
@@ -69,6 +70,7 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
   pictures = 0 if data.image_shape is None else data.image_shape[0]
   forward = forward_flops(model, list(weights), data.length, pictures)
   training = training_flops(model, list(weights), data.length, pictures)
+  making = 3.0 * making_flops(model) * experiment.microbatches
   rows = [
     ('parameters', si(sum(weight.size for weight in weights))),
     ('of them met by a token', si(active_parameters(list(weights)))),
@@ -77,9 +79,13 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
     ),
     ('forward FLOPs a token', si(forward)),
     ('training FLOPs a token', si(training)),
+    *([("FLOPs a step of making the experts' matrices", si(making))] if making else []),
     ('tokens a step', f'{step_tokens:,} ({data.batch_size} rows of {data.length})'),
     ('tokens of the run', si(step_tokens * experiment.train_steps)),
-    ('training FLOPs of the run', f'{training * step_tokens * experiment.train_steps:.2e}'),
+    (
+      'training FLOPs of the run',
+      f'{(training * step_tokens + making) * experiment.train_steps:.2e}',
+    ),
   ]
   return table(rows, ('cost', ''))
 

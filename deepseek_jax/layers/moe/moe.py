@@ -10,7 +10,7 @@ from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
 from deepseek_jax.layers.moe.dispatch.local import Local
-from deepseek_jax.layers.moe.experts import Separate
+from deepseek_jax.layers.moe.experts import Separate, SharedFactor
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.layers.weights import add_loss, observe
 from deepseek_jax.ops.routing import expert_load
@@ -40,7 +40,7 @@ class MoE:
   router: Sigmoid = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
   dispatch: Local = Local()
-  form: Separate = Separate()
+  form: Separate | SharedFactor = Separate()
 
   def __post_init__(self):
     errors = [
