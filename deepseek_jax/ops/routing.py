@@ -1,44 +1,119 @@
-"""Choosing experts: group-limited top-k, loads and balance statistics."""
+"""Choosing experts: scores, group-limited top-k, weights, loads."""
+
+from collections.abc import Callable
 
 import einops
 import jax
 import jax.numpy as jnp
 
+RULED_OUT = -1e9
+"""The logit of an expert that may not be chosen; finite, for the sake of gradients."""
+
+
+def rule_out(logits: jax.Array, allowed: jax.Array | None) -> jax.Array:
+  """Gives experts that may not be chosen a logit whose softmax, sigmoid and softplus are 0.
+
+  Args:
+    logits: [N, E] float32.
+    allowed: [E] bool; None is all.
+  """
+  return logits if allowed is None else jnp.where(allowed, logits, RULED_OUT)
+
+
+def sqrt_softplus(logits: jax.Array) -> jax.Array:
+  """√ln(1 + eˣ) of each logit [N, E] float32.
+
+  Where eˣ is nothing in float32 the gradient is 0, as it nearly is; of √0 it would be infinite.
+
+  Source: DeepSeek-V4, arXiv 2606.19348, its section on mixture of experts.
+  """
+  value = jax.nn.softplus(logits)
+  some = value > 0
+  return jnp.where(some, jnp.sqrt(jnp.where(some, value, 1.0)), 0.0)
+
+
+def best_two(grouped: jax.Array) -> jax.Array:
+  """Scores each group of experts [N, G, S] by the sum of its two best, [N, G].
+
+  Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2 (node-limited routing).
+  """
+  best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
+  total = jnp.sum(jnp.where(best == -jnp.inf, 0.0, best), axis=-1)
+  return jnp.where(best[..., 0] == -jnp.inf, -jnp.inf, total)
+
+
+def best_one(grouped: jax.Array) -> jax.Array:
+  """Scores each group of experts [N, G, S] by its best, [N, G].
+
+  Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.2 (device-limited routing).
+  """
+  return jnp.max(grouped, axis=-1)
+
 
 def group_limited_top_k(
-  scores: jax.Array, selection: jax.Array, *, groups: int, kept_groups: int, top_k: int
+  scores: jax.Array,
+  selection: jax.Array,
+  *,
+  groups: int = 1,
+  kept_groups: int = 1,
+  top_k: int,
+  group_score: Callable[[jax.Array], jax.Array] = best_two,
+  allowed: jax.Array | None = None,
+  count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Picks `top_k` experts a token from the `kept_groups` best groups of experts.
 
-  A group's score is the sum of its two largest selection scores. Groups that are dropped are
-  masked with −inf, not with 0: a biased selection score may be negative.
+  Groups that are dropped, and experts that are not allowed, are masked with −inf, not with 0: a
+  biased selection score may be negative. A token with fewer experts left than choices gives the
+  choices that are over to nobody, and so it does with those after the first `count`.
 
   Args:
     scores: [N, E] float32 affinities; what the weights are taken from.
     selection: [N, E] float32 scores that decide (affinities plus bias).
     groups: number of equal groups of neighbouring experts.
     kept_groups: groups a token may choose from.
-    top_k: experts a token goes to.
+    top_k: experts K a token goes to.
+    group_score: turns selection scores [N, G, E / G] into scores of groups [N, G].
+    allowed: [E] bool, experts that may be chosen; None is all.
+    count: [] int32, choices that count; None is all K.
 
   Returns:
-    experts [N, K] int32, best first, and the scores [N, K] float32 of those experts.
+    experts [N, K] int32, best first, where E is nobody; and the scores [N, K] float32 of those
+    experts, 0 for nobody.
 
-  Source: DeepSeek-V3, arXiv 2412.19437, section 2.1.2 (node-limited routing).
+  Source: DeepSeek-V2, arXiv 2405.04434, section 2.2.2; DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2.
   """
+  selection = jax.lax.stop_gradient(selection)
+  if allowed is not None:
+    selection = jnp.where(allowed, selection, -jnp.inf)
   if groups > 1:
     grouped = einops.rearrange(selection, 'n (g e) -> n g e', g=groups)
-    best = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
-    kept = jax.lax.top_k(jnp.sum(best, axis=-1), kept_groups)[1]
-    allowed = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
+    kept = jax.lax.top_k(group_score(grouped), kept_groups)[1]
+    inside = jnp.any(kept[:, :, None] == jnp.arange(groups), axis=1)
     selection = einops.rearrange(
-      jnp.where(allowed[:, :, None], grouped, -jnp.inf), 'n g e -> n (g e)'
+      jnp.where(inside[:, :, None], grouped, -jnp.inf), 'n g e -> n (g e)'
     )
-  experts = jax.lax.top_k(jax.lax.stop_gradient(selection), top_k)[1]
-  return experts, jnp.take_along_axis(scores, experts, axis=-1)
+  best, experts = jax.lax.top_k(selection, top_k)
+  picked = jnp.take_along_axis(scores, experts, axis=-1)
+  if allowed is None and count is None:
+    return experts, picked
+  chosen = best > -jnp.inf
+  if count is not None:
+    chosen &= jnp.arange(top_k) < count
+  return jnp.where(chosen, experts, scores.shape[-1]), jnp.where(chosen, picked, 0.0)
+
+
+def renormalise(picked: jax.Array, scale: float) -> jax.Array:
+  """Turns the scores of the chosen experts [N, K] into weights that sum to `scale`.
+
+  Source: DeepSeek-V3, arXiv 2412.19437, equation 13.
+  """
+  return picked / (jnp.sum(picked, axis=-1, keepdims=True) + 1e-20) * scale
 
 
 def chosen_mask(experts: jax.Array, count: int) -> jax.Array:
-  """Turns chosen experts [N, K] into a float32 table [N, E] of zeros and ones."""
+  """Turns chosen experts [N, K] into a float32 table [N, E] of zeros and ones; E is nobody."""
   return jnp.sum(jax.nn.one_hot(experts, count, dtype=jnp.float32), axis=1)
 
 
@@ -46,69 +121,11 @@ def expert_load(experts: jax.Array, real: jax.Array, count: int) -> jax.Array:
   """Counts the tokens that chose each expert.
 
   Args:
-    experts: [N, K] int32.
+    experts: [N, K] int32; E is nobody.
     real: [N] bool; padding counts for nothing.
     count: number of experts E.
 
   Returns:
-    [E] float32 counts; they sum to K × number of real tokens.
+    [E] float32 counts; they sum to K × number of real tokens, less the choices that are nobody's.
   """
   return jnp.einsum('ne,n->e', chosen_mask(experts, count), real.astype(jnp.float32))
-
-
-def sequence_balance(scores: jax.Array, real: jax.Array, top_k: int) -> jax.Array:
-  """Balance loss of each sequence alone, summed over sequences.
-
-  f_i = E / (K T) · (tokens whose top K raw scores include expert i), P_i = mean over tokens of the
-  score of i divided by the token's sum; the loss of a sequence is Σ f_i P_i, which is 1 when the
-  load is even.
-
-  Args:
-    scores: [B, T, E] float32 affinities without bias.
-    real: [B, T] bool; padding counts for nothing.
-    top_k: experts a token goes to.
-
-  Returns:
-    Scalar float32, the sum over the B sequences. Gradients flow through P only.
-
-  Source: DeepSeek-V3, arXiv 2412.19437, equations 17 to 20.
-  """
-  frequency, probability = _balance_sums(scores, real, top_k)
-  tokens = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.float32), 1.0)[:, None]
-  experts = scores.shape[-1]
-  share = frequency * experts / (top_k * tokens)
-  return jnp.sum(share * probability / tokens)
-
-
-def batch_balance(scores: jax.Array, real: jax.Array, top_k: int) -> jax.Array:
-  """Balance loss over all tokens of the (global) batch at once, times the number of sequences.
-
-  Sequences may specialise as long as the batch is even. The factor B makes it a sum over
-  sequences like every other loss of a layer.
-
-  Args:
-    scores: [B, T, E] float32 affinities without bias.
-    real: [B, T] bool.
-    top_k: experts a token goes to.
-
-  Returns:
-    Scalar float32. Gradients flow through the mean scores only.
-
-  Source: Qiu et al., "Demons in the Detail", arXiv 2501.11873, equation 4.
-  """
-  frequency, probability = _balance_sums(scores, real, top_k)
-  tokens = jnp.maximum(jnp.sum(real, dtype=jnp.float32), 1.0)
-  experts = scores.shape[-1]
-  share = jnp.sum(frequency, axis=0) * experts / (top_k * tokens)
-  return scores.shape[0] * jnp.sum(share * jnp.sum(probability, axis=0) / tokens)
-
-
-def _balance_sums(scores: jax.Array, real: jax.Array, top_k: int) -> tuple[jax.Array, jax.Array]:
-  """Per-sequence counts of raw top-k choices and sums of normalised scores, both [B, E]."""
-  batch, length, experts = scores.shape
-  weight = real.astype(jnp.float32)
-  raw = jax.lax.top_k(jax.lax.stop_gradient(scores), top_k)[1]
-  chosen = chosen_mask(raw.reshape(batch * length, top_k), experts)
-  frequency = jnp.einsum('bte,bt->be', chosen.reshape(batch, length, experts), weight)
-  normalised = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-  return frequency, jnp.einsum('bte,bt->be', normalised, weight)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.ops import routing
+from deepseek_jax.ops.balance import batch_balance, sequence_balance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class SequenceBalance:
 
   def __call__(self, scores: jax.Array, real: jax.Array, top_k: int) -> jax.Array:
     """Returns the weighted loss, summed over sequences; scores [B, T, E], real [B, T]."""
-    return self.weight * routing.sequence_balance(scores, real, top_k)
+    return self.weight * sequence_balance(scores, real, top_k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class BatchBalance:
 
   def __call__(self, scores: jax.Array, real: jax.Array, top_k: int) -> jax.Array:
     """Returns the weighted loss times the number of sequences; scores [B, T, E], real [B, T]."""
-    return self.weight * routing.batch_balance(scores, real, top_k)
+    return self.weight * batch_balance(scores, real, top_k)
 
 
 def _check_weight(weight: float) -> None:

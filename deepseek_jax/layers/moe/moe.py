@@ -12,6 +12,8 @@ from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
+from deepseek_jax.layers.moe.router.softmax import Softmax
+from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
 from deepseek_jax.layers.weights import add_loss, observe
 from deepseek_jax.ops.routing import expert_load
 
@@ -37,7 +39,7 @@ class MoE:
   top_k: int
   hidden: int
   shared: int | None = 1
-  router: Sigmoid = Sigmoid()
+  router: Sigmoid | Softmax | SqrtSoftplus = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
   dispatch: Local = Local()
   form: Separate | SharedFactor = Separate()

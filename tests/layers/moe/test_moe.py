@@ -12,7 +12,7 @@ from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
 from deepseek_jax.layers.moe.interface import Dispatch, RouterConfig
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
-from deepseek_jax.ops.routing import batch_balance, sequence_balance
+from deepseek_jax.ops.balance import batch_balance, sequence_balance
 
 B, T, D = 2, 5, 6
 SEGMENTS = np.array([[1, 1, 2, 0, 0], [1, 1, 1, 1, 1]], np.int32)

@@ -8,6 +8,7 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import text_context
+from deepseek_jax.layers.moe.interface import Limits
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 
 
@@ -42,6 +43,37 @@ def test_a_large_bias_decides_and_leaves_the_scores():
   np.testing.assert_array_equal(after.scores, before.scores)
   # One expert alone has all the weight, whatever the bias.
   np.testing.assert_allclose(after.weights, 1.0, rtol=1e-6)
+
+
+def test_golden(golden):
+  i = np.arange(1, 17)
+  config = Sigmoid(groups=4, kept_groups=2, scale=2.5)
+  got = golden(config, 2 * np.sin(i), 0.1 * np.cos(i), 4)
+  np.testing.assert_array_equal(got.experts, [[0, 7, 6, 1]])
+  np.testing.assert_allclose(got.weights, [[0.625512, 0.651659, 0.584630, 0.638199]], atol=2e-6)
+
+
+def two_best(values):
+  return sum(sorted(values, reverse=True)[:2])
+
+
+@pytest.mark.parametrize('allowed', [None, {0, 2, 3, 7}])
+@pytest.mark.parametrize('config', [Sigmoid(), Sigmoid(groups=4, kept_groups=2, scale=1.0)])
+def test_equals_the_oracle(setup, choose, weigh, config, allowed):
+  variables, x, context, apply = setup(config, 8, 3)
+  table = None if allowed is None else jnp.array([e in allowed for e in range(8)])
+  got = apply(variables, x, context, Limits(allowed=table, top_k=jnp.int32(2)))
+  logits = x.reshape(-1, 4).astype(np.float64) @ np.asarray(variables['params']['weight'])
+  scores = 1 / (1 + np.exp(-logits))
+  selection = scores + variables['buffers']['selection_bias']
+  want = choose(selection, 3, config.groups, config.kept_groups, two_best, allowed, count=2)
+  np.testing.assert_array_equal(got.experts, want)
+  assert np.all(want[:, 2] == 8)
+  picked = weigh(scores, want)
+  weights = config.scale * picked / picked.sum(axis=1, keepdims=True)
+  np.testing.assert_allclose(got.weights, weights, rtol=1e-5)
+  if allowed is None:
+    np.testing.assert_allclose(got.logits, logits, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('fields', [{'groups': 0}, {'groups': 2, 'kept_groups': 3}])
