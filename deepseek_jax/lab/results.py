@@ -250,6 +250,7 @@ def _figures(history: History) -> dict[str, float]:
     ('max_violation', layer_column(rows, 'max_violation')),
     ('dead_experts', layer_column(rows, 'dead_fraction')),
     ('load_entropy', layer_column(rows, 'load_entropy', np.min)),
+    ('drop_rate', layer_column(rows, 'drop_rate')),
   ):
     found[name] = recent(values)
   speeds = column(rows, 'tokens_per_second')

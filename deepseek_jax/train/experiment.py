@@ -8,6 +8,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest, Float32, Precision
 from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
+from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
@@ -141,8 +142,20 @@ class Experiment:
     except ConfigError as error:
       errors += [f'data.tokenizer: {message}' for message in error.messages]
     if not any(message.startswith('mesh') for message in errors):
-      errors += self._check_batch(devices)
+      errors += self._check_batch(devices) + self._check_dispatch(devices)
     return errors + self._check_images()
+
+  def _check_dispatch(self, devices: int) -> list[str]:
+    """Every mixture of experts gets its tokens on this mesh."""
+    sizes = self.mesh.sizes(devices)
+    mixtures = [layer.feed_forward for layer in self.model.layers()]
+    messages = [
+      f'{type(mixture.dispatch).__name__}: {message}'
+      for mixture in dict.fromkeys(mixtures)
+      if isinstance(mixture, MoE)
+      for message in mixture.dispatch.check(mixture.experts, sizes, self.rules)
+    ]
+    return [f'dispatch {message}' for message in messages]
 
   def _check_images(self) -> list[str]:
     """What the data shows and what the model sees are the same pictures."""

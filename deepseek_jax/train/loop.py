@@ -251,7 +251,9 @@ def _finish(run: _Run, pending: _Pending | None) -> None:
 
 def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   """Returns the row of a finished step."""
-  loads = report.layer_loads(metrics.pop('observed'), run.segments)
+  observed = metrics.pop('observed')
+  loads = report.layer_loads(observed, run.segments)
+  drops = report.drop_rates(observed, run.segments)
   biases = report.layer_biases(metrics.pop('bias'), run.segments)
   row = {name: float(value) for name, value in metrics.items()}
   row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
@@ -262,7 +264,7 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
     row['seconds_left'] = run.clock.seconds_left(run.experiment.train_steps) or 0.0
   row['elapsed_seconds'] = time.perf_counter() - run.started
   row['peak_memory_bytes'] = peak_memory_bytes()
-  return {**row, **report.expert_figures(loads, biases)}
+  return {**row, **report.expert_figures(loads, biases, drops)}
 
 
 def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation:

@@ -18,25 +18,42 @@ def layer_loads(observed: dict[str, Any], segments: tuple[Segment, ...]) -> dict
     observed: the collection of one step, as NumPy arrays.
     segments: the plan of the stack.
   """
-  return _by_layer(observed, segments, 'load')
+  return _by_layer(observed, segments, 'router/load')
 
 
 def layer_biases(buffers: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
   """Returns the selection bias [E] of every expert layer, by canonical layer address."""
-  return _by_layer(buffers, segments, 'selection_bias')
+  return _by_layer(buffers, segments, 'router/selection_bias')
 
 
-def expert_figures(loads: dict[str, np.ndarray], biases: dict[str, np.ndarray]) -> dict[str, Any]:
+def drop_rates(observed: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, float]:
+  """Returns the share of the choices that reached no expert, by canonical layer address.
+
+  Layers whose dispatch never drops are left out.
+
+  Args:
+    observed: the collection of one step, as NumPy arrays.
+    segments: the plan of the stack.
+  """
+  choices = _by_layer(observed, segments, 'choices')
+  dropped = _by_layer(observed, segments, 'dropped')
+  return {layer: float(dropped[layer] / max(count, 1.0)) for layer, count in choices.items()}
+
+
+def expert_figures(
+  loads: dict[str, np.ndarray], biases: dict[str, np.ndarray], drops: dict[str, float]
+) -> dict[str, Any]:
   """Returns what a log says of the experts.
 
   Args:
     loads: [E] counts by layer.
     biases: [E] selection biases by layer.
+    drops: share of the choices that were dropped, by layer that may drop.
 
   Returns:
     `load`: shares of the tokens by layer; and lists with one entry a layer: `max_violation`
     (busiest expert over the mean, less 1), `dead_fraction` (experts without a token),
-    `load_entropy` (1 is even), `bias_norm`.
+    `load_entropy` (1 is even), `bias_norm`, `drop_rate` (choices that found no room).
   """
   if not loads:
     return {}
@@ -53,11 +70,13 @@ def expert_figures(loads: dict[str, np.ndarray], biases: dict[str, np.ndarray]) 
     figures[name] = [round(float(measure(jnp.asarray(load))), 5) for load in loads.values()]
   if biases:
     figures['bias_norm'] = [round(float(np.linalg.norm(bias)), 6) for bias in biases.values()]
+  if drops:
+    figures['drop_rate'] = [round(rate, 6) for rate in drops.values()]
   return figures
 
 
 def _by_layer(tree: Any, segments: tuple[Segment, ...], name: str) -> dict[str, np.ndarray]:
-  suffix = f'/feed_forward/router/{name}'
+  suffix = f'/feed_forward/{name}'
   return {
     address.removesuffix(suffix).removesuffix('/block'): np.asarray(leaf)
     for address, leaf in flatten(canonical(tree, segments)).items()

@@ -8,7 +8,7 @@ import pytest
 from configs import tiny_mla
 from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import unroll
-from deepseek_jax.train.report import expert_figures, layer_biases, layer_loads
+from deepseek_jax.train.report import drop_rates, expert_figures, layer_biases, layer_loads
 
 LOADS = {'1': [4.0, 0.0, 0.0, 0.0], '2': [1.0, 1.0, 1.0, 1.0], '3': [0.0, 3.0, 1.0, 0.0]}
 MTP_LOAD = [2.0, 2.0, 0.0, 0.0]
@@ -55,27 +55,38 @@ def test_another_grouping(segments):
   check(layer_loads(tree('load', groups), regrouped))
 
 
+def test_drop_rates(segments):
+  """A rate a layer that may drop; a layer without a single choice has dropped none."""
+  feed_forward = {'choices': np.array([8.0, 4.0, 0.0]), 'dropped': np.array([2.0, 0.0, 0.0])}
+  observed = tree('load', [(1, 0, list(LOADS.values()))])
+  observed['stack']['segment_1']['block_0']['feed_forward'] |= feed_forward
+  found = drop_rates(observed, segments)
+  assert found == {'layers/1': 0.25, 'layers/2': 0.0, 'layers/3': 0.0}
+
+
 def test_figures():
   """By hand: all on one expert of four, and perfectly even."""
   loads = {'layers/1': np.array([4.0, 0, 0, 0]), 'layers/2': np.array([2.0, 2, 2, 2])}
   biases = {'layers/1': np.array([3.0, 4, 0, 0]), 'layers/2': np.zeros(4)}
-  assert expert_figures(loads, biases) == {
+  assert expert_figures(loads, biases, {'layers/2': 1 / 3}) == {
     'load': {'layers/1': [1.0, 0.0, 0.0, 0.0], 'layers/2': [0.25, 0.25, 0.25, 0.25]},
     'max_violation': [3.0, 0.0],
     'dead_fraction': [0.75, 0.0],
     'load_entropy': [0.0, 1.0],
     'bias_norm': [5.0, 0.0],
+    'drop_rate': [0.333333],
   }
 
 
 def test_dense_models_have_no_figures():
   """No experts, nothing to say; and no bias, no norm."""
-  assert expert_figures({}, {}) == {}
-  assert 'bias_norm' not in expert_figures({'layers/0': np.ones(2)}, {})
+  assert expert_figures({}, {}, {}) == {}
+  figures = expert_figures({'layers/0': np.ones(2)}, {}, {})
+  assert not {'bias_norm', 'drop_rate'} & set(figures)
 
 
 def test_a_batch_of_padding():
   """No token at all: shares are zero, not nan."""
-  figures = expert_figures({'layers/0': np.zeros(2)}, {})
+  figures = expert_figures({'layers/0': np.zeros(2)}, {}, {})
   assert figures['load'] == {'layers/0': [0.0, 0.0]}
   assert figures['max_violation'] == [0.0]

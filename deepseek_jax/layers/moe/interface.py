@@ -9,6 +9,7 @@ from flax import struct
 
 from deepseek_jax.layers.context import Context
 from deepseek_jax.ops.experts import ExpertWeights
+from deepseek_jax.sharding.rules import Rules
 
 
 @struct.dataclass
@@ -59,7 +60,7 @@ class RouterConfig(Protocol):
 class Dispatch(Protocol):
   """How tokens reach their experts."""
 
-  def check(self, experts: int, sizes: Mapping[str, int]) -> list[str]:
+  def check(self, experts: int, sizes: Mapping[str, int], rules: Rules) -> list[str]:
     """Returns what is wrong with `experts` experts on a mesh of these sizes, as messages."""
 
   def __call__(
@@ -67,6 +68,6 @@ class Dispatch(Protocol):
   ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns Σ_k weight_k · expert_k(x) for tokens `x` [N, D], and what there is to log.
 
-    What is logged are sums over tokens, such as `dropped` [], choices that reached no expert for
-    want of room.
+    What is logged are sums over tokens. A kind that may drop logs `choices` [] of real tokens and
+    `dropped` [], those of them that reached no expert for want of room.
     """

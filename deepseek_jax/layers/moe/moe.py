@@ -9,6 +9,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
+from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
@@ -41,7 +42,7 @@ class MoE:
   shared: int | None = 1
   router: Sigmoid | Softmax | SqrtSoftplus = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
-  dispatch: Local = Local()
+  dispatch: Local | Capacity = Local()
   form: Separate | SharedFactor = Separate()
 
   def __post_init__(self):

@@ -125,6 +125,7 @@ def expert_charts(history: History) -> list[Chart]:
     ('Max violation', 'max_violation', 'busiest over equal share, less 1', 1.0, np.max),
     ('Dead experts', 'dead_fraction', 'per cent of a layer', 100.0, np.max),
     ('Entropy of the load', 'load_entropy', '1 is even', 1.0, np.min),
+    ('Dropped choices', 'drop_rate', 'per cent of the choices', 100.0, np.max),
     ('Norm of the selection bias', 'bias_norm', '', 1.0, np.max),
   ):
     values = factor * layer_column(rows, key, worst)

@@ -8,6 +8,7 @@ import jax
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.moe.interface import Assignment
 from deepseek_jax.ops.experts import ExpertWeights, apply_experts
+from deepseek_jax.sharding.rules import Rules
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Local:
   Where the experts' weights are sharded, the compiler moves what is needed.
   """
 
-  def check(self, experts: int, sizes: Mapping[str, int]) -> list[str]:
+  def check(self, experts: int, sizes: Mapping[str, int], rules: Rules) -> list[str]:
     """Returns nothing: it runs on any mesh."""
     return []
 
