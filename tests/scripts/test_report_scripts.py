@@ -107,3 +107,20 @@ def test_a_name_is_not_a_path():
   assert launch.named_config('tiny_mla').name == 'tiny_mla'
   for name in ('nowhere', '../configs/tiny_mla', '__init__', '', 'a b'):
     assert launch.named_config(name) is None, name
+
+
+def test_a_placement_planned_from_a_log(call, write_run):
+  path = write_run('run', rows=20)
+  numbers = ['--devices=2', '--slots=6', '--window=3']
+  code, out, errors = call('plan_placement', str(path), *numbers, '--start=3')
+  assert (code, errors) == (0, '')
+  firsts = [line.split()[0] for line in out.splitlines()[1:]]
+  assert firsts == ['layer', 'layers/1', 'layers/2', 'mean']
+  for arguments, message in (
+    ([], 'expected the folder of a run'),
+    ([str(path), '--devices=2'], '--slots is missing'),
+    ([str(path), *numbers, '--start=17'], 'run: found 4 rows with a load'),
+  ):
+    code, out, errors = call('plan_placement', *arguments)
+    assert (code, out) == (2, '')
+    assert message in errors
