@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.ops.experts import sort_by_expert
+from deepseek_jax.ops.expert_rows import sort_by_expert
 
 
 def place_in_line(experts: jax.Array, count: int) -> jax.Array:

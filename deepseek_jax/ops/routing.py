@@ -128,4 +128,14 @@ def expert_load(experts: jax.Array, real: jax.Array, count: int) -> jax.Array:
   Returns:
     [E] float32 counts; they sum to K × number of real tokens, less the choices that are nobody's.
   """
-  return jnp.einsum('ne,n->e', chosen_mask(experts, count), real.astype(jnp.float32))
+  chosen = jnp.where(real[:, None], experts, count)
+
+  def scattered(chosen):
+    return jnp.zeros(count, jnp.float32).at[chosen].add(1.0, mode='drop')
+
+  def compared(chosen):
+    return jnp.sum(chosen_mask(chosen, count), axis=0)
+
+  # A CPU compares every choice with every expert as slowly as it sounds; accelerators add
+  # one number after another no faster.
+  return jax.lax.platform_dependent(chosen, cpu=scattered, default=compared)

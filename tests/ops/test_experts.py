@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.ops.expert_loop import loop_over_experts
-from deepseek_jax.ops.experts import (
-  ExpertWeights,
-  apply_experts,
-  apply_experts_reference,
-  combine,
-  sort_by_expert,
-  spread,
-)
+from deepseek_jax.ops.expert_rows import combine, sort_by_expert, spread
+from deepseek_jax.ops.experts import ExpertWeights, apply_experts, apply_experts_reference
 from deepseek_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
 from deepseek_jax.ops.kernels.grouped_cpu import block_sizes
 
@@ -33,6 +27,8 @@ CASES = {
   # The number after the last is nobody.
   'some_nobody': (37, 4, 3, range(5)),
   'one_token_nobody': (1, 4, 1, (4,)),
+  'few_choices': (3, 8, 2, range(8)),
+  'few_choices_nobody': (2, 9, 3, range(7, 10)),
 }
 
 
@@ -95,8 +91,7 @@ def experts_oracle(x, experts, weights, matrices):
 
 def looped(blocks, x, experts, weights, matrices):
   """The CPU's loop, with blocks so small that every expert needs several."""
-  layout = sort_by_expert(experts, matrices.gate.shape[0], padding=blocks[0])
-  return loop_over_experts(x, weights, layout, *matrices, blocks)
+  return loop_over_experts(x, experts, weights, *matrices, blocks)
 
 
 def grouped(x, experts, weights, matrices):
@@ -149,6 +144,14 @@ def test_forward_and_gradients(form, case):
   for (path, b), a in zip(names, jax.tree.leaves(got)):
     assert float(jnp.max(jnp.abs(b))) > 1e-3 or case == 'one_token_nobody', path
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5, err_msg=str(path))
+
+
+@pytest.mark.parametrize('case', ['few_choices', 'few_choices_nobody', 'one_token_nobody'])
+def test_few_choices(case):
+  """Where there are more experts than choices, the forward pass alone goes another way."""
+  *arguments, _ = inputs(case)
+  got = jax.jit(apply_experts)(*arguments)
+  np.testing.assert_allclose(got, experts_oracle(*arguments), rtol=1e-5, atol=1e-5)
 
 
 def test_bfloat16():
