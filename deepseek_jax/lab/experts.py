@@ -24,7 +24,8 @@ class ExpertLoad:
     layers: numbers of the layers that have experts.
     classes: names of the classes of tokens, the most frequent first.
     tokens: [classes] how many tokens of each were read.
-    counts: one array [classes, E] int64 a layer; a row sums to K × tokens.
+    counts: one array [classes, E] int64 a layer; a row sums to K × tokens, less
+      the choices that are nobody's.
   """
 
   layers: tuple[int, ...]
@@ -81,10 +82,11 @@ def expert_load(
     if not visit.seen:
       continue
     experts, total = np.asarray(visit.seen[-1][0])[real], visit.seen[-1][1].shape[-1]
-    table = np.zeros((len(classes), total), np.int64)
+    # The last column is nobody's.
+    table = np.zeros((len(classes), total + 1), np.int64)
     np.add.at(table, (rows[:, None], experts), 1)
     layers.append(visit.layer)
-    counts.append(table)
+    counts.append(table[:, :total])
   if not layers:
     raise ConfigError('expert_load: no layer of this model has experts')
   return ExpertLoad(
