@@ -17,6 +17,8 @@ import numpy as np
 import pytest
 
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.interface import Assignment
@@ -39,6 +41,7 @@ LAYOUTS = {
   'data_expert': (EXPERT, MeshConfig(data=2, expert=4)),
   'expert': (EXPERT, MeshConfig(expert=8)),
   'data_expert_model': (TENSOR, MeshConfig(data=2, expert=2, model=2)),
+  'seq_expert': (dataclasses.replace(EXPERT, seq=('seq',)), MeshConfig(seq=2, expert=4)),
 }
 
 
@@ -87,6 +90,9 @@ ORDER = tuple(ROUTERS)
 DISPATCHES = {
   'Local': Local(),
   'Capacity': Capacity(factor=8.0),
+  'AllToAll': AllToAll(),
+  'AllGather': AllGather(),
+  'AllToAll_in_chunks': AllToAll(chunks=3),
 }
 
 
@@ -219,7 +225,9 @@ def assert_same(found, expected) -> None:
 
 def test_nothing_is_left_out():
   """Every dispatch kind is here; and what is compared is not zero."""
-  assert {type(dispatch) for dispatch in DISPATCHES.values()} == set(kinds('dispatch'))
+  assert {kind.__name__: kind for kind in kinds('dispatch')}.items() <= {
+    name: type(dispatch) for name, dispatch in DISPATCHES.items()
+  }.items()
   for router in ROUTERS:
     arrays, _ = results(Plain(), 'no_mesh', router)
     experts = 0 if router == 'nobody' else 1e-2
@@ -230,12 +238,25 @@ def test_nothing_is_left_out():
     assert (max(learning) > 1e-3) == (not isinstance(ROUTERS[router], MadeUp)) or not learning
 
 
+PROGRAMS = [
+  (kind.__name__, layout, LENGTH)
+  for kind in kinds('dispatch')
+  for layout in ('one_device', 'data_expert', 'expert', 'data_expert_model')
+]
+# Chunks of 2, 2 and 1 tokens; one token a row and a device; sequences in two pieces.
+PROGRAMS += [
+  ('AllToAll_in_chunks', 'expert', LENGTH),
+  ('AllToAll', 'expert', 1),
+  ('AllGather', 'expert', 1),
+  ('AllToAll', 'seq_expert', 6),
+]
+
+
 @pytest.mark.parametrize('router', ROUTERS)
-@pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('dispatch', DISPATCHES)
-def test_a_dispatch_changes_nothing(dispatch, layout, router):
+@pytest.mark.parametrize(('dispatch', 'layout', 'length'), PROGRAMS)
+def test_a_dispatch_changes_nothing(dispatch, layout, length, router):
   """Outputs of real tokens and the gradients of tokens and of all weights."""
-  found, facts = results(DISPATCHES[dispatch], layout, router)
-  expected, _ = results(Plain(), 'no_mesh', router)
+  found, facts = results(DISPATCHES[dispatch], layout, router, length)
+  expected, _ = results(Plain(), 'no_mesh', router, length)
   assert_same(found, expected)
   assert int(facts.get('dropped', 0)) == 0

@@ -9,6 +9,8 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
+from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
@@ -42,7 +44,7 @@ class MoE:
   shared: int | None = 1
   router: Sigmoid | Softmax | SqrtSoftplus = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
-  dispatch: Local | Capacity = Local()
+  dispatch: Local | Capacity | AllToAll | AllGather = Local()
   form: Separate | SharedFactor = Separate()
 
   def __post_init__(self):
