@@ -3,8 +3,7 @@
 XLA has no grouped product for CPU: `jax.lax.ragged_dot` multiplies every row with every matrix
 there. A product of few rows takes little less time than one of many, since the matrix has to be
 laid out for it each time: so the rows of an expert are cut into blocks as large as an even share,
-and the rest is one block more, which may reach into the next expert's rows. What is written there
-is written again when that expert's turn comes.
+and the rest is one block more, which may reach beyond them.
 """
 
 import functools
@@ -89,26 +88,29 @@ def multiply(
     One array [N, F] for each stack, in the dtype of `tokens`; zero after the last expert's rows.
   """
   count, total = len(sizes), tokens.shape[0]
-  blocks, ends = block_sizes(total, count), jnp.cumsum(sizes)
-  padded = jnp.pad(tokens, ((0, blocks[0]), (0, 0)))
+  blocks, ends = _sizes_within(total, count), jnp.cumsum(sizes)
 
   def expert(e, carry):
     # The barrier keeps the compiler from folding the transposition back into the products, which
     # then would read columns.
     own = [pick(w, e).T if transposed else pick(w, e) for w in weights]
     own = lax.optimization_barrier(own)
+    first = ends[e] - sizes[e]
 
     def block(start, size, carry):
-      rows = read(padded, start, size)
-      return tuple(write(out, dot(rows, w, (1, 0)), start) for out, w in zip(carry, own))
+      start, mine = _inside(start, size, ends[e], total)
+      rows = read(tokens, start, size)
+      found = (dot(rows, w, (1, 0)).astype(tokens.dtype) for w in own)
+      return tuple(
+        write(out, jnp.where(mine, new, read(out, start, size)), start)
+        for out, new in zip(carry, found)
+      )
 
-    return each_block(blocks, ends[e] - sizes[e], ends[e], block, carry)
+    return each_block(blocks, first, ends[e], block, carry)
 
   axis = 1 if transposed else 2
-  empty = tuple(jnp.zeros((len(padded), w.shape[axis]), tokens.dtype) for w in weights)
-  found = lax.fori_loop(0, count, expert, empty)
-  real = jnp.arange(total) < ends[-1]
-  return tuple(jnp.where(real[:, None], out[:total], 0) for out in found)
+  empty = tuple(jnp.zeros((total, w.shape[axis]), tokens.dtype) for w in weights)
+  return lax.fori_loop(0, count, expert, empty)
 
 
 def weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> jax.Array:
@@ -122,20 +124,35 @@ def weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> ja
   Returns:
     [E, D, F] in the dtype of `tokens`.
   """
-  count, blocks, ends = len(sizes), block_sizes(tokens.shape[0], len(sizes)), jnp.cumsum(sizes)
-  tokens, grads = (jnp.pad(x, ((0, blocks[0]), (0, 0))) for x in (tokens, grads))
+  count, total = len(sizes), tokens.shape[0]
+  blocks, ends = _sizes_within(total, count), jnp.cumsum(sizes)
 
   def expert(e, out):
-    def block(start, size, total):
-      # A row of the next expert must count for nothing here.
-      own = (start + jnp.arange(size) < ends[e])[:, None]
-      return total + dot(
-        read(tokens, start, size), jnp.where(own, read(grads, start, size), 0), (0, 0)
-      )
+    first = ends[e] - sizes[e]
+
+    def block(start, size, sums):
+      start, mine = _inside(start, size, ends[e], total)
+      back = jnp.where(mine, read(grads, start, size), 0)
+      return sums + dot(read(tokens, start, size), back, (0, 0))
 
     zeros = jnp.zeros(out.shape[1:], jnp.float32)
-    total = each_block(blocks, ends[e] - sizes[e], ends[e], block, zeros)
-    return lax.dynamic_update_index_in_dim(out, total.astype(out.dtype), e, 0)
+    sums = each_block(blocks, first, ends[e], block, zeros)
+    return lax.dynamic_update_index_in_dim(out, sums.astype(out.dtype), e, 0)
 
   shape = (count, tokens.shape[1], grads.shape[1])
   return lax.fori_loop(0, count, expert, jnp.zeros(shape, tokens.dtype))
+
+
+def _sizes_within(rows: int, experts: int) -> tuple[int, ...]:
+  """The block sizes, none of them larger than all there is."""
+  return tuple(dict.fromkeys(min(size, rows) for size in block_sizes(rows, experts)))
+
+
+def _inside(start, size, end, total):
+  """Moves a block back to where it ends with the last row, and says which rows [size, 1] are its.
+
+  So nothing has to be padded; the rows before, and those behind the expert's, are left alone.
+  """
+  moved = jnp.minimum(start, total - size)
+  row = moved + jnp.arange(size)
+  return moved, ((row >= start) & (row < end))[:, None]
