@@ -1,5 +1,6 @@
 """The one place where layers declare weights, state they read, and what they report."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,13 +75,27 @@ def table(
   return module.param(name, init, tuple(shape))
 
 
-def buffer(module: nn.Module, name: str, shape: Sequence[int], axes: Sequence[str | None]):
-  """Declares state that the training step updates and the forward pass only reads.
+def buffer(
+  module: nn.Module,
+  name: str,
+  shape: Sequence[int],
+  axes: Sequence[str | None],
+  init: Callable[[], jax.Array] | None = None,
+) -> Any:
+  """Declares state that is not learnt: the forward pass reads it, the training step may update it.
 
-  Float32, zeros at first, in the collection `buffers`.
+  In the collection `buffers`; float32 zeros at first.
+
+  Args:
+    module: the module that owns it.
+    name: its name in the module.
+    shape: sizes of its axes.
+    axes: logical axis names, one an axis; None is never sharded.
+    init: returns it as it is at first, such as [V, K], in any dtype; None makes zeros.
   """
-  zeros = labelled(lambda: jnp.zeros(tuple(shape), jnp.float32), tuple(axes))
-  return module.variable('buffers', name, zeros).value
+  if init is None:
+    init = functools.partial(jnp.zeros, tuple(shape), jnp.float32)
+  return module.variable('buffers', name, labelled(init, tuple(axes))).value
 
 
 def observe(module: nn.Module, name: str, value: Any) -> None:

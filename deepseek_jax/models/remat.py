@@ -117,11 +117,16 @@ def _remember_rounded(module: Any, block: int, scanned: bool) -> Any:
       names = {field.name for field in dataclasses.fields(module)} - {'parent', 'name'}
       inner = module(**{name: getattr(self, name) for name in names}, parent=None)
 
-      def run(variables: Any, stream: Any, caches: Any, context: Any) -> Any:
-        return inner.apply(variables, stream, context, caches, mutable=reports)
+      # Where the module is run again, it draws the same noise.
+      rngs = {'noise': self.make_rng('noise')} if self.has_rng('noise') else {}
+
+      def run(variables: Any, stream: Any, caches: Any, given: Any) -> Any:
+        context, rngs = given
+        return inner.apply(variables, stream, context, caches, mutable=reports, rngs=rngs)
 
       variables = {name: dict(self.variables.get(name, {})) for name in ('params', 'buffers')}
-      result, reported = _recompute_rounded(run, block, scanned)(variables, stream, caches, context)
+      rounded = _recompute_rounded(run, block, scanned)
+      result, reported = rounded(variables, stream, caches, (context, rngs))
       for collection, values in reported.items():
         for name, value in values.items():
           self.put_variable(collection, name, value)
@@ -132,21 +137,21 @@ def _remember_rounded(module: Any, block: int, scanned: bool) -> Any:
 
 
 def _recompute_rounded(run: Any, block: int, scanned: bool) -> Any:
-  """Returns `run(variables, stream, caches, context)` with a backward pass of its own."""
+  """Returns `run(variables, stream, caches, given)` with a backward pass of its own."""
 
-  def forward(variables: Any, stream: Any, caches: Any, context: Any) -> Any:
+  def forward(variables: Any, stream: Any, caches: Any, given: Any) -> Any:
     kept = jax.tree.map(lambda x: encode(x, block), stream)
-    return run(variables, stream, caches, context), (variables, kept, caches, context)
+    return run(variables, stream, caches, given), (variables, kept, caches, given)
 
   def backward(remembered: Any, cotangents: Any) -> Any:
-    variables, kept, caches, context = remembered
+    variables, kept, caches, given = remembered
     # A stream goes out as it came in: same tree, same dtypes.
     like = cotangents[0][0]
     if not scanned:
       # Else the compiler may recompute every segment at once, before any is needed.
       kept, like = jax.lax.optimization_barrier((kept, like))
     stream = jax.tree.map(lambda leaf, pair: decode(pair, block, leaf.dtype), like, kept)
-    _, pull = jax.vjp(lambda *inputs: run(*inputs, context), variables, stream, caches)
+    _, pull = jax.vjp(lambda *inputs: run(*inputs, given), variables, stream, caches)
     (_, caches_cotangent), reported = cotangents
     return *pull(((like, caches_cotangent), reported)), None
 

@@ -62,3 +62,20 @@ def _balance_sums(scores: jax.Array, real: jax.Array, top_k: int) -> tuple[jax.A
   frequency = jnp.einsum('bte,bt->be', chosen.reshape(batch, length, experts), weight)
   normalised = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
   return frequency, jnp.einsum('bte,bt->be', normalised, weight)
+
+
+def z_loss(logits: jax.Array, real: jax.Array) -> jax.Array:
+  """Mean square of log Σ exp(logits) over the tokens of each sequence, summed over sequences.
+
+  Args:
+    logits: [B, T, E] float32.
+    real: [B, T] bool; padding counts for nothing.
+
+  Returns:
+    Scalar float32.
+
+  Source: Zoph et al. (ST-MoE), arXiv 2202.08906, equation 5.
+  """
+  square = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+  tokens = jnp.maximum(jnp.sum(real, axis=1, dtype=jnp.float32), 1.0)
+  return jnp.sum(jnp.sum(jnp.where(real, square, 0.0), axis=1) / tokens)

@@ -139,3 +139,48 @@ def expert_load(experts: jax.Array, real: jax.Array, count: int) -> jax.Array:
   # A CPU compares every choice with every expert as slowly as it sounds; accelerators add
   # one number after another no faster.
   return jax.lax.platform_dependent(chosen, cpu=scattered, default=compared)
+
+
+def preference(chosen: jax.Array, count: int) -> jax.Array:
+  """Turns experts in order of preference into selection scores.
+
+  Args:
+    chosen: [N, K] int32, different experts in each row, best first.
+    count: number of experts E.
+
+  Returns:
+    [N, E] float32: the chosen ones first; then the others in cyclic order after the first one.
+  """
+  experts = jnp.arange(count)
+  places = jnp.arange(chosen.shape[1], 0, -1)
+  rank = jnp.sum(jnp.where(chosen[:, :, None] == experts, places[:, None], 0), axis=1)
+  after = (experts - chosen[:, :1]) % count
+  return jnp.where(rank > 0, rank, -after).astype(jnp.float32)
+
+
+def deal(
+  tokens: int,
+  experts: int,
+  top_k: int,
+  allowed: jax.Array | None = None,
+  count: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Deals experts to tokens in turn, as cards, so that all get the same number.
+
+  Args:
+    tokens: number of tokens N.
+    experts: number of experts E.
+    top_k: choices K of a token.
+    allowed: [E] bool, experts that are dealt; None is all.
+    count: [] int32, choices that count; None is all K.
+
+  Returns:
+    experts [N, K] int32, where E is nobody, and [] int32, how many choices of a token count.
+  """
+  order, open_experts = jnp.arange(experts), jnp.int32(experts)
+  if allowed is not None:
+    order, open_experts = jnp.argsort(~allowed, stable=True), jnp.sum(allowed, dtype=jnp.int32)
+  each = jnp.minimum(top_k if count is None else count, open_experts)
+  place = jnp.arange(top_k)
+  turn = (jnp.arange(tokens)[:, None] * each + place) % jnp.maximum(open_experts, 1)
+  return jnp.where(place < each, order[turn], experts).astype(jnp.int32), each

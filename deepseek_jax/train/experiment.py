@@ -9,6 +9,7 @@ from deepseek_jax.core.precision import Fastest, Float32, Precision
 from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
@@ -143,7 +144,19 @@ class Experiment:
       errors += [f'data.tokenizer: {message}' for message in error.messages]
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices) + self._check_dispatch(devices)
-    return errors + self._check_images()
+    return errors + self._check_tables() + self._check_images()
+
+  def _check_tables(self) -> list[str]:
+    """Tables of hash routers are there and fit the vocabulary."""
+    errors = []
+    for feed_forward in dict.fromkeys(block.feed_forward for block in self.model.layers()):
+      if isinstance(feed_forward, MoE) and isinstance(feed_forward.router, Hash):
+        sizes = self.model.vocab, feed_forward.experts, feed_forward.top_k
+        errors += [
+          f'model: feed_forward.router Hash: {message}'
+          for message in feed_forward.router.check_model(*sizes)
+        ]
+    return errors
 
   def _check_dispatch(self, devices: int) -> list[str]:
     """Every mixture of experts gets its tokens on this mesh."""

@@ -1,5 +1,6 @@
 """Every rematerialisation gives the plain gradients, or nearly so, and saves memory."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -10,6 +11,8 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import text_context
+from deepseek_jax.layers.moe.router.noise import Gumbel
+from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.models.decoder import canonical, grouped, plan_segments
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 
@@ -197,3 +200,28 @@ def test_streams_of_any_shape(repeats):
 def test_a_block_has_channels():
   with pytest.raises(ConfigError, match='`block` is 0; expected 1 or more'):
     Compressed(block=0)
+
+
+def test_noise_reaches_the_routers(tiny, context, canonical_variables):
+  """Keys differ, so choices do; EveryLayer hands the keys on by itself, here we do."""
+  model, remat = tiny(), Compressed(block=4)
+  router = Sigmoid(noise=Gumbel(scale=3.0))
+  model = dataclasses.replace(
+    model, feed_forward=dataclasses.replace(model.feed_forward, router=router)
+  )
+  segments = plan_segments(model, remat)
+  decoder = model.build(jnp.float32, remat)
+  variables = {k: grouped(v, segments) for k, v in canonical_variables(model).items()}
+
+  def loss(params, key):
+    given = {**variables, 'params': params}
+    rngs = {'noise': key}
+    (hidden, _), reported = decoder.apply(given, context, mutable=['observed'], rngs=rngs)
+    return jnp.sum(jnp.sin(hidden)), reported['observed']
+
+  params, keys = variables['params'], [jax.random.key(seed) for seed in (0, 0, 1)]
+  step = jax.jit(jax.grad(loss, has_aux=True)).lower(params, keys[0]).compile(QUICK)
+  first, again, other = (step(params, key) for key in keys)
+  jax.tree.map(np.testing.assert_array_equal, first, again)
+  for mine, theirs in zip(jax.tree.leaves(first[1]), jax.tree.leaves(other[1])):
+    assert np.any(mine != theirs)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.ops.balance import batch_balance, sequence_balance
+from deepseek_jax.ops.balance import batch_balance, sequence_balance, z_loss
+from deepseek_jax.ops.routing import RULED_OUT
 
 
 def balance_oracle(scores, real, top_k):
@@ -87,3 +88,21 @@ def test_balance_gradient_flows_through_mean_scores(tokens):
   high, low = (balance_oracle(m[1], real[1], 2) for m in moved)
   assert float(grad[place]) == pytest.approx((high - low) / (2 * step), rel=1e-3)
   np.testing.assert_array_equal(grad[~real], np.zeros_like(grad[~real]))
+
+
+def test_z_loss(tokens):
+  real, rng = tokens[1], np.random.default_rng(2)
+  logits = rng.normal(0, 9, (3, 7, 5)).astype(np.float32)
+  value, grad = jax.jit(jax.value_and_grad(z_loss))(logits, real)
+  want = 0.0
+  for b in range(3):
+    squares = [
+      np.log(np.sum(np.exp(logits[b, t].astype(float)))) ** 2 for t in np.flatnonzero(real[b])
+    ]
+    want += sum(squares) / len(squares)
+  assert float(value) == pytest.approx(want, rel=1e-5)
+  np.testing.assert_array_equal(np.any(np.asarray(grad) != 0, axis=-1), real)
+  # Experts that are ruled out count for nothing, and an empty row costs nothing.
+  padded = np.pad(logits, ((0, 0), (0, 0), (0, 2)), constant_values=RULED_OUT)
+  assert float(z_loss(padded, real)) == pytest.approx(want, rel=1e-5)
+  assert float(z_loss(logits, np.zeros_like(real))) == 0

@@ -14,9 +14,12 @@ from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
+from deepseek_jax.layers.moe.router.balanced import Balanced
+from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.layers.moe.router.softmax import Softmax
 from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
+from deepseek_jax.layers.moe.z_loss import ZLoss
 from deepseek_jax.layers.weights import add_loss, observe
 from deepseek_jax.ops.routing import expert_load
 
@@ -32,6 +35,7 @@ class MoE:
     shared: shared experts, merged to one SwiGLU of `shared` · `hidden` units; None for none.
     router: how experts are chosen.
     balance: auxiliary balance loss, or None.
+    z_loss: auxiliary loss on the router's logits, or None.
     dispatch: how tokens reach their experts.
     form: what the experts' matrices are made of.
 
@@ -42,8 +46,9 @@ class MoE:
   top_k: int
   hidden: int
   shared: int | None = 1
-  router: Sigmoid | Softmax | SqrtSoftplus = Sigmoid()
+  router: Sigmoid | Softmax | SqrtSoftplus | Hash | Balanced = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
+  z_loss: ZLoss | None = None
   dispatch: Local | Capacity | AllToAll | AllGather = Local()
   form: Separate | SharedFactor = Separate()
 
@@ -82,6 +87,11 @@ class MoEFeedForward(nn.Module):
       if c.balance is not None:
         scores = assignment.scores.reshape(batch, length, c.experts)
         add_loss(self, 'balance', c.balance(scores, context.real, c.top_k))
+      if c.z_loss is not None:
+        if assignment.logits is None:
+          raise ConfigError(f'z_loss: the router {type(c.router).__name__} has no logits')
+        logits = assignment.logits.reshape(batch, length, c.experts)
+        add_loss(self, 'z_loss', c.z_loss(logits, context.real))
     tokens = x.reshape(batch * length, width)
     matrices = c.form.matrices(self, c.experts, width, c.hidden, x.dtype)
     routed, facts = c.dispatch(tokens, assignment, matrices, context)

@@ -11,10 +11,14 @@ import pytest
 
 from deepseek_jax.layers.moe.interface import Limits, RouterConfig
 from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.moe.router.balanced import Balanced
+from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.layers.moe.router.noise import Gaussian, Gumbel, Jitter
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.layers.moe.router.softmax import Softmax
 from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
+from deepseek_jax.layers.moe.router.table import ByFrequency
+from deepseek_jax.layers.moe.z_loss import ZLoss
 from deepseek_jax.optim.balance import update_buffers
 
 E, K = 6, 3
@@ -24,6 +28,9 @@ ROUTERS = {
   'sigmoid': Sigmoid(),
   'sigmoid_groups': Sigmoid(groups=3, kept_groups=2),
   'sqrt_softplus': SqrtSoftplus(),
+  'hash': Hash(vocab=11),
+  'hash_by_frequency': Hash(vocab=11, table=ByFrequency(counts=tuple(range(11)))),
+  'balanced': Balanced(),
 }
 NOISY = [
   ('softmax', Gumbel()),
@@ -100,7 +107,8 @@ def test_fewer_choices_are_those_of_a_router_with_fewer(router, setup, count):
 
 @pytest.mark.parametrize('shape', [(1, 1, 4), (2, 7, 4)])
 def test_trains_a_step(router, packed, shape):
-  config = MoE(experts=E, top_k=K, hidden=3, shared=None, router=router)
+  z_loss = None if isinstance(router, Balanced) else ZLoss(weight=0.1)
+  config = MoE(experts=E, top_k=K, hidden=3, shared=None, router=router, z_loss=z_loss)
   module, context = config.build(), packed(*shape[:2])
   x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
   variables = nn.meta.unbox(jax.jit(module.init)(jax.random.key(0), x, context))
@@ -112,7 +120,7 @@ def test_trains_a_step(router, packed, shape):
       y, reported = module.apply(
         tree, x, context, mutable=['losses', 'observed'], rngs={'noise': key}
       )
-      total = jnp.sum(jnp.sin(y)) + reported['losses']['balance']
+      total = jnp.sum(jnp.sin(y)) + sum(reported['losses'].values())
       return total, reported['observed']
 
     grads, observed = jax.grad(loss, has_aux=True)(params)
@@ -126,6 +134,8 @@ def test_trains_a_step(router, packed, shape):
       assert np.all(np.isfinite(grad))
       assert np.any(np.asarray(grad) != 0) or shape[1] == 1
   assert jax.tree.structure(moved) == jax.tree.structure(buffers)
+  if 'table' in buffers.get('router', {}):
+    np.testing.assert_array_equal(moved['router']['table'], buffers['router']['table'])
   if 'selection_bias' in buffers.get('router', {}):
     assert np.any(np.asarray(moved['router']['selection_bias']) != 0)
 
