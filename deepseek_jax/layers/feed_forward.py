@@ -1,15 +1,29 @@
 """Dense feed-forward layers."""
 
 import dataclasses
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.norm import swiglu
+
+
+@runtime_checkable
+class Remembering(Protocol):
+  """The config of a feed-forward, or of a router in it, that knows a row's earlier tokens.
+
+  Most know each token alone. A module of one that does is given a cache in generation, as
+  attention is; a feed-forward then returns `(y, cache)`.
+  """
+
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Any:
+    """Returns the cache [B, …] of `batch` rows that have no token yet; None where it needs none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

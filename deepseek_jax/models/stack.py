@@ -1,7 +1,7 @@
 """Runs any plan of layers: one scan a segment."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,8 +10,21 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.feed_forward import Remembering
 from deepseek_jax.models.plan import Block, Segment
 from deepseek_jax.models.remat import Remat
+
+
+class BlockCache(NamedTuple):
+  """What a layer remembers of each row: arrays [B, …].
+
+  Attributes:
+    attention: the attention's cache.
+    feed_forward: the feed-forward's; None where each token is alone to it.
+  """
+
+  attention: Any
+  feed_forward: Any = None
 
 
 class TransformerBlock(nn.Module):
@@ -20,22 +33,29 @@ class TransformerBlock(nn.Module):
   config: Block
 
   @nn.compact
-  def __call__(self, stream: Any, context: Context, cache: Any = None) -> tuple[Any, Any]:
-    """Runs attention and feed-forward; returns the stream and the attention's cache."""
-    c = self.config
+  def __call__(
+    self, stream: Any, context: Context, cache: BlockCache | None = None
+  ) -> tuple[Any, BlockCache | None]:
+    """Runs attention and feed-forward; returns the stream and the cache."""
+    c, old = self.config, BlockCache(None) if cache is None else cache
     layout = ('batch', 'seq', 'act_embed')
     site = c.residual.build('attention_residual')
     x, mix = site.read(stream)
     x = context.rules.constrain(x, layout)
     attention = c.attention.build('attention')
-    y, cache = attention(c.norm.build('attention_norm')(x), context, cache)
+    y, seen = attention(c.norm.build('attention_norm')(x), context, old.attention)
     stream = site.write(stream, checkpoint_name(y, 'attention'), mix)
     site = c.residual.build('feed_forward_residual')
     x, mix = site.read(stream)
     x = context.rules.constrain(x, layout)
     feed_forward = c.feed_forward.build('feed_forward')
-    y = feed_forward(c.norm.build('feed_forward_norm')(x), context)
-    return site.write(stream, checkpoint_name(y, 'feed_forward'), mix), cache
+    x, memory = c.norm.build('feed_forward_norm')(x), None
+    if old.feed_forward is None:
+      y = feed_forward(x, context)
+    else:
+      y, memory = feed_forward(x, context, old.feed_forward)
+    stream = site.write(stream, checkpoint_name(y, 'feed_forward'), mix)
+    return stream, None if cache is None else BlockCache(seen, memory)
 
 
 class Pattern(nn.Module):
@@ -91,11 +111,16 @@ class Stack(nn.Module):
 def empty_caches(segments: Sequence[Segment], batch: int, length: int, dtype: DTypeLike) -> Any:
   """Returns empty caches for a stack: [B, …] each, or [repeats, B, …] in a scanned segment."""
 
+  def empty(block):
+    feed_forward, sizes = block.feed_forward, (batch, length, dtype)
+    memory = feed_forward.empty_cache(*sizes) if isinstance(feed_forward, Remembering) else None
+    return BlockCache(block.attention.empty_cache(*sizes), memory)
+
   def repeat(cache, times):
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), cache)
 
   result = []
   for part in segments:
-    caches = tuple(block.attention.empty_cache(batch, length, dtype) for block in part.pattern)
+    caches = tuple(empty(block) for block in part.pattern)
     result.append(repeat(caches, part.repeats) if part.repeats > 1 else caches)
   return tuple(result)

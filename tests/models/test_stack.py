@@ -100,6 +100,6 @@ def test_empty_caches_follow_the_plan(tiny):
   model = tiny(depth=4, attention=Window(heads=2, latent=5, rope_dim=2, size=3, sinks=1))
   segments = plan_segments(model)
   caches = jax.eval_shape(lambda: empty_caches(segments, 2, 50, jnp.bfloat16))
-  shapes = [cache[0].latent.shape for cache in caches]
+  shapes = [cache[0].attention.latent.shape for cache in caches]
   assert shapes == [(2, 4, 5), (3, 2, 4, 5)]
-  assert caches[0][0].latent.dtype == jnp.bfloat16
+  assert caches[0][0].attention.latent.dtype == jnp.bfloat16

@@ -1,7 +1,7 @@
 """What routers and dispatches offer; any object that does fits in `MoE`."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -21,12 +21,14 @@ class Assignment:
     weights: [N, K] float32 factors on the experts' outputs; 0 where the choice is nobody.
     scores: [N, E] float32 affinities that balance losses are made of.
     logits: [N, E] float32, what the scores were made of; None where there is no such thing.
+    cache: what a router that remembers keeps of each row [B, …]; None where none was given.
   """
 
   experts: jax.Array
   weights: jax.Array
   scores: jax.Array
   logits: jax.Array | None = None
+  cache: Any = None
 
 
 @struct.dataclass
@@ -52,7 +54,8 @@ class RouterConfig(Protocol):
   def build(self, experts: int, top_k: int, name: str | None = None) -> nn.Module:
     """Returns a module `(x [B, T, D], context, limits=None) -> Assignment` with N = B·T.
 
-    Limits are given only where the layer has any (`MoE.breaker`, `MoE.growth`).
+    Limits are given only where the layer has any (`MoE.breaker`, `MoE.growth`). In generation, a
+    router that is `Remembering` is given a `cache` too, and returns it in the assignment.
     """
 
 

@@ -1,13 +1,15 @@
 """The mixture-of-experts layer."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.feed_forward import Remembering, SwiGLU
 from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
 from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
@@ -15,6 +17,7 @@ from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
 from deepseek_jax.layers.moe.router.balanced import Balanced
+from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.layers.moe.router.softmax import Softmax
@@ -46,7 +49,7 @@ class MoE:
   top_k: int
   hidden: int
   shared: int | None = 1
-  router: Sigmoid | Softmax | SqrtSoftplus | Hash | Balanced = Sigmoid()
+  router: Sigmoid | Softmax | SqrtSoftplus | Hash | ExpertAttention | Balanced = Sigmoid()
   balance: SequenceBalance | BatchBalance | None = SequenceBalance()
   z_loss: ZLoss | None = None
   dispatch: Local | Capacity | AllToAll | AllGather = Local()
@@ -65,6 +68,12 @@ class MoE:
     if errors:
       raise ConfigError(errors)
 
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Any:
+    """Returns what the router remembers of rows without a token, [B, …]; None if it does not."""
+    if isinstance(self.router, Remembering):
+      return self.router.empty_cache(batch, length, dtype)
+    return None
+
   def build(self, name: str | None = None) -> nn.Module:
     """Returns the module."""
     return MoEFeedForward(self, name=name)
@@ -76,11 +85,13 @@ class MoEFeedForward(nn.Module):
   config: MoE
 
   @nn.compact
-  def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-    """Applies the layer to `x` [B, T, D]."""
+  def __call__(self, x: jax.Array, context: Context, cache: Any = None) -> Any:
+    """Applies the layer to `x` [B, T, D]; with a cache, returns it beside the result."""
     c, (batch, length, width) = self.config, x.shape
     with jax.named_scope('router'):
-      assignment = c.router.build(c.experts, c.top_k, name='router')(x, context)
+      memory = {} if cache is None else {'cache': cache}
+      assignment = c.router.build(c.experts, c.top_k, name='router')(x, context, **memory)
+      written, assignment = assignment.cache, assignment.replace(cache=None)
       load = expert_load(assignment.experts, context.real.reshape(-1), c.experts)
       # Under the router's name, so that the load lies where the router keeps its bias.
       observe(self, 'router', {'load': load})
@@ -101,4 +112,4 @@ class MoEFeedForward(nn.Module):
     if c.shared is not None:
       shared = SwiGLU(hidden=c.shared * c.hidden).build('shared')
       routed += shared(x, context)
-    return routed
+    return routed if cache is None else (routed, written)

@@ -13,7 +13,7 @@ class Noise(Protocol):
   """What a noise kind offers."""
 
   def disturb_input(self, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns what the router reads, float32 [N, D], disturbed."""
+    """Returns what the router reads, float32 [B, T, D], disturbed."""
 
   def disturb_logits(self, logits: jax.Array, key: jax.Array) -> jax.Array:
     """Returns the logits that decide, float32 [N, E], disturbed; the weights do not see it."""
@@ -38,7 +38,7 @@ class Gumbel:
     _check_size('scale', self.scale)
 
   def disturb_input(self, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns `x` [N, D] as it is."""
+    """Returns `x` [B, T, D] as it is."""
     return x
 
   def disturb_logits(self, logits: jax.Array, key: jax.Array) -> jax.Array:
@@ -65,7 +65,7 @@ class Gaussian:
     _check_size('std', self.std)
 
   def disturb_input(self, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Returns `x` [N, D] as it is."""
+    """Returns `x` [B, T, D] as it is."""
     return x
 
   def disturb_logits(self, logits: jax.Array, key: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ class Jitter:
       raise ConfigError(f'`amount` is {self.amount}; expected less than 1')
 
   def disturb_input(self, x: jax.Array, key: jax.Array) -> jax.Array:
-    """Multiplies `x` [N, D]."""
+    """Multiplies `x` [B, T, D]."""
     low, high = 1 - self.amount, 1 + self.amount
     return x * jax.random.uniform(key, x.shape, x.dtype, low, high)
 

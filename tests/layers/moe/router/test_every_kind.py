@@ -12,6 +12,7 @@ import pytest
 from deepseek_jax.layers.moe.interface import Limits, RouterConfig
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.balanced import Balanced
+from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.layers.moe.router.noise import Gaussian, Gumbel, Jitter
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
@@ -30,6 +31,7 @@ ROUTERS = {
   'sqrt_softplus': SqrtSoftplus(),
   'hash': Hash(vocab=11),
   'hash_by_frequency': Hash(vocab=11, table=ByFrequency(counts=tuple(range(11)))),
+  'expert_attention': ExpertAttention(dim=5),
   'balanced': Balanced(),
 }
 NOISY = [
