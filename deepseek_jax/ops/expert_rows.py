@@ -1,4 +1,4 @@
-"""Rows sorted by expert: where each choice of a token lies, there and back."""
+"""Experts' matrices, and rows sorted by expert: where each choice lies, there and back."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,26 @@ import jax
 import jax.numpy as jnp
 
 
+class ExpertWeights(NamedTuple):
+  """SwiGLU weights of all experts: gate and up [E, D, F], down [E, F, D]."""
+
+  gate: jax.Array
+  up: jax.Array
+  down: jax.Array
+
+
+class Products(NamedTuple):
+  """What experts' gates and ups make of the sorted rows, [R, F] each; zero on nobody's rows."""
+
+  gate: jax.Array
+  up: jax.Array
+
+
 class Layout(NamedTuple):
   """Where each (token, choice) pair lies among the rows sorted by expert.
 
   Attributes:
-    pair: [R] int32, the flat index n · K + k of the pair in each row; N · K marks padding.
+    pair: [R] int32, R = N · K, the flat index n · K + k of the pair in each row.
     row: [N, K] int32, the row of each pair; pairs that are nobody's lie behind the last expert's.
     sizes: [E] int32, rows of each expert.
   """
@@ -20,13 +35,12 @@ class Layout(NamedTuple):
   sizes: jax.Array
 
 
-def sort_by_expert(experts: jax.Array, count: int, padding: int = 0) -> Layout:
+def sort_by_expert(experts: jax.Array, count: int) -> Layout:
   """Gives every (token, choice) pair a row, so that each expert has a run of rows.
 
   Args:
     experts: [N, K] int32; `count` is nobody. Those rows come last and are nobody's.
     count: number of experts E.
-    padding: rows without a pair after the last expert's.
   """
   tokens, top_k = experts.shape
   pairs = tokens * top_k
@@ -34,18 +48,16 @@ def sort_by_expert(experts: jax.Array, count: int, padding: int = 0) -> Layout:
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
   sizes = jnp.zeros(count, jnp.int32).at[flat].add(1)
   row = jnp.zeros(pairs, jnp.int32).at[order].set(jnp.arange(pairs), unique_indices=True)
-  pair = jnp.pad(order, (0, padding), constant_values=pairs)
-  return Layout(pair, row.reshape(tokens, top_k), sizes)
+  return Layout(order, row.reshape(tokens, top_k), sizes)
 
 
 @jax.custom_vjp
 def spread(x: jax.Array, layout: Layout) -> jax.Array:
-  """Copies tokens [N, D] to their rows [R, D]; padding rows are zero.
+  """Copies tokens [N, D] to their rows [R, D].
 
-  The gradient is a gather too (each token sums its K rows): XLA's scatter is slow.
+  The gradient is a gather too (each token sums its K rows): accelerators scatter slowly.
   """
-  source = layout.pair // layout.row.shape[1]
-  return jnp.take(x, source, axis=0, mode='fill', fill_value=0)
+  return jnp.take(x, layout.pair // layout.row.shape[1], axis=0)
 
 
 def _spread_forward(x, layout):
@@ -78,8 +90,8 @@ def _combine_forward(rows, weights, layout):
 def _combine_backward(saved, grad):
   rows, weights, layout = saved
   top_k = weights.shape[1]
-  weight = jnp.take(weights.reshape(-1), layout.pair, mode='fill', fill_value=0)
-  back = jnp.take(grad, layout.pair // top_k, axis=0, mode='fill', fill_value=0)
+  weight = jnp.take(weights.reshape(-1), layout.pair)
+  back = jnp.take(grad, layout.pair // top_k, axis=0)
   grad_rows = (back.astype(jnp.float32) * weight[:, None]).astype(rows.dtype)
   picked = jnp.take(rows, layout.row, axis=0)
   grad_weights = jnp.einsum('nkd,nd->nk', picked, grad, preferred_element_type=jnp.float32)

@@ -1,27 +1,44 @@
-"""Dropless expert layers: sort tokens by expert, multiply group by group, sum per token."""
+"""Dropless expert layers: sort tokens by expert, multiply group by group, sum per token.
 
-from typing import NamedTuple
+Where a device has parts of the matrices only, they are made whole for the forward pass and once
+more for the gradient: kept in between, those of all layers would lie on every device.
+"""
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from deepseek_jax.ops.expert_loop import loop_over_experts
-from deepseek_jax.ops.expert_rows import combine, sort_by_expert, spread
-from deepseek_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
-from deepseek_jax.ops.kernels.grouped_cpu import block_sizes
+from deepseek_jax.ops.expert_loop import each_choice, loop_backward, loop_forward
+from deepseek_jax.ops.expert_rows import (
+  ExpertWeights,
+  Layout,
+  Products,
+  combine,
+  sort_by_expert,
+  spread,
+)
+from deepseek_jax.ops.grouped_matmul import grouped_products, grouped_weight_gradient
 from deepseek_jax.ops.norm import swiglu
 
-
-class ExpertWeights(NamedTuple):
-  """SwiGLU weights of all experts: gate and up [E, D, F], down [E, F, D]."""
-
-  gate: jax.Array
-  up: jax.Array
-  down: jax.Array
+Gather = Callable[[ExpertWeights], ExpertWeights]
+"""Makes a device's parts of the matrices whole; differentiable."""
 
 
+def as_they_are(matrices: ExpertWeights) -> ExpertWeights:
+  """Returns matrices [E, D, F] that are whole."""
+  return matrices
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def apply_experts(
-  x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: ExpertWeights
+  x: jax.Array,
+  experts: jax.Array,
+  weights: jax.Array,
+  matrices: ExpertWeights,
+  gather: Gather = as_they_are,
 ) -> jax.Array:
   """Runs every token through the experts it chose, and drops none.
 
@@ -29,32 +46,165 @@ def apply_experts(
     x: [N, D] tokens.
     experts: [N, K] int32 chosen experts, from 0 to E; E is nobody, whose output is zero.
     weights: [N, K] float32 weights of the choices.
-    matrices: SwiGLU weights of the E experts, in the dtype of `x`.
+    matrices: SwiGLU weights of the E experts, in the dtype of `x`, or this device's parts of them.
+    gather: makes the parts whole.
 
   Returns:
     [N, D] in the dtype of `x`: Σ_k weight_k · expert_k(x).
 
   Source: DeepSeekMoE, arXiv 2401.06066, equation 9.
   """
-  count = matrices.gate.shape[0]
+  whole = gather(matrices)
 
-  def looped(x, experts, weights, gate, up, down):
-    with jax.named_scope('experts'):
-      blocks = block_sizes(experts.size, count)
-      return loop_over_experts(x, experts, weights, gate, up, down, blocks)
+  def cpu(x, experts, weights, matrices):
+    if experts.size <= len(matrices.gate):
+      return each_choice(x, experts, weights, matrices)
+    return forward_experts(x, experts, weights, matrices)[0]
 
-  def grouped(x, experts, weights, gate, up, down):
-    layout = sort_by_expert(experts, count)
+  def other(x, experts, weights, matrices):
+    return forward_experts(x, experts, weights, matrices)[0]
+
+  return lax.platform_dependent(x, experts, weights, whole, cpu=cpu, default=other)
+
+
+def forward_experts(
+  x: jax.Array, experts: jax.Array, weights: jax.Array, matrices: ExpertWeights
+) -> tuple[jax.Array, tuple[Layout, Products]]:
+  """Returns `apply_experts` [N, D] of the same arrays, and what its gradient needs of it."""
+  with jax.named_scope('sort'):
+    layout = sort_by_expert(experts, len(matrices.gate))
+
+  def grouped(x, weights, layout, matrices):
     with jax.named_scope('spread'):
       rows = spread(x, layout)
     with jax.named_scope('experts'):
-      hidden = grouped_swiglu(rows, gate, up, layout.sizes)
-      rows = grouped_matmul(hidden, down, layout.sizes)
+      out, products = forward_rows(rows, layout.sizes, matrices)
     with jax.named_scope('combine'):
-      return combine(rows, weights, layout)
+      return combine(out, weights, layout), products
 
   # On a CPU the three products of a block are made one after the other, while it is in the cache.
-  return jax.lax.platform_dependent(x, experts, weights, *matrices, cpu=looped, default=grouped)
+  y, products = _by_platform(loop_forward, grouped)(x, weights, layout, matrices)
+  return y, (layout, products)
+
+
+def backward_experts(
+  x: jax.Array,
+  weights: jax.Array,
+  matrices: ExpertWeights,
+  saved: tuple[Layout, Products],
+  grad: jax.Array,
+) -> tuple[jax.Array, jax.Array, ExpertWeights]:
+  """Gradients of `apply_experts`.
+
+  Args:
+    x: [N, D] tokens.
+    weights: [N, K] float32.
+    matrices: of the E experts.
+    saved: what `forward_experts` returned.
+    grad: [N, D] gradient of the result.
+
+  Returns:
+    Gradients of the tokens [N, D], of the weights [N, K] and of the matrices.
+  """
+
+  def grouped(x, weights, layout, products, matrices, grad):
+    with jax.named_scope('spread'):
+      rows, back = spread(x, layout), spread(grad, layout)
+      factors = jnp.take(weights.reshape(-1), layout.pair)[:, None]
+    with jax.named_scope('experts'):
+      # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
+      # product with `back`, without that result.
+      hidden, pull = jax.vjp(swiglu, *products)
+      (to_hidden,) = grouped_products(back, (matrices.down,), layout.sizes, transposed=True)
+      weighed = to_hidden.astype(jnp.float32)
+      d_weight = jnp.sum(hidden.astype(jnp.float32) * weighed, axis=1)
+      d_rows, d_gate, d_up = _pull_inward(
+        rows, layout.sizes, matrices, pull((weighed * factors).astype(hidden.dtype))
+      )
+      weighted = (hidden.astype(jnp.float32) * factors).astype(hidden.dtype)
+      d_down = grouped_weight_gradient(weighted, back, layout.sizes)
+    with jax.named_scope('combine'):
+      grad_x = jnp.sum(jnp.take(d_rows, layout.row, axis=0), axis=1, dtype=jnp.float32)
+    grad_weights = jnp.take(d_weight, layout.row).astype(weights.dtype)
+    return grad_x.astype(x.dtype), grad_weights, ExpertWeights(d_gate, d_up, d_down)
+
+  with jax.named_scope('experts'):
+    layout, products = saved
+    back = _by_platform(loop_backward, grouped)
+    return back(x, weights, layout, products, matrices, grad)
+
+
+def _apply_forward(x, experts, weights, matrices, gather):
+  y, saved = forward_experts(x, experts, weights, gather(matrices))
+  return y, (x, weights, matrices, saved)
+
+
+def _apply_backward(gather, kept, grad):
+  x, weights, matrices, saved = kept
+  whole, scatter = jax.vjp(gather, matrices)
+  grad_x, grad_weights, grads = backward_experts(x, weights, whole, saved, grad)
+  return grad_x, None, grad_weights, *scatter(grads)
+
+
+apply_experts.defvjp(_apply_forward, _apply_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def apply_to_rows(
+  rows: jax.Array, sizes: jax.Array, matrices: ExpertWeights, gather: Gather = as_they_are
+) -> jax.Array:
+  """Runs rows that are sorted already through their experts, without weights.
+
+  Args:
+    rows: [R, D], one expert's after the other's.
+    sizes: [E] int32, rows of each expert; what comes after is nobody's.
+    matrices: as of `apply_experts`.
+    gather: makes the device's parts of them whole.
+
+  Returns:
+    [R, D] in the dtype of `rows`; zero on nobody's rows.
+  """
+  return forward_rows(rows, sizes, gather(matrices))[0]
+
+
+def _rows_forward(rows, sizes, matrices, gather):
+  out, products = forward_rows(rows, sizes, gather(matrices))
+  return out, (rows, sizes, matrices, products)
+
+
+def _rows_backward(gather, kept, grad):
+  rows, sizes, matrices, products = kept
+  whole, scatter = jax.vjp(gather, matrices)
+  hidden, pull = jax.vjp(swiglu, *products)
+  (to_hidden,) = grouped_products(grad, (whole.down,), sizes, transposed=True)
+  d_rows, d_gate, d_up = _pull_inward(rows, sizes, whole, pull(to_hidden))
+  d_down = grouped_weight_gradient(hidden, grad, sizes)
+  return d_rows, None, *scatter(ExpertWeights(d_gate, d_up, d_down))
+
+
+apply_to_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def forward_rows(
+  rows: jax.Array, sizes: jax.Array, matrices: ExpertWeights
+) -> tuple[jax.Array, Products]:
+  """Returns `apply_to_rows` [R, D] of the same arrays, and what its gradient needs of it."""
+  products = Products(*grouped_products(rows, (matrices.gate, matrices.up), sizes))
+  return grouped_products(swiglu(*products), (matrices.down,), sizes)[0], products
+
+
+def _pull_inward(rows, sizes, matrices, pulled):
+  """Gradients of rows, gate and up from those of the products of gate and up."""
+  back = (
+    grouped_products(p, (w,), sizes, transposed=True)[0].astype(jnp.float32)
+    for p, w in zip(pulled, (matrices.gate, matrices.up), strict=True)
+  )
+  grads = (grouped_weight_gradient(rows, p, sizes) for p in pulled)
+  return sum(back, jnp.float32(0)).astype(rows.dtype), *grads
+
+
+def _by_platform(cpu, default):
+  return lambda *arguments: lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
 
 def apply_experts_reference(

@@ -32,7 +32,7 @@ def grouped_matmul(tokens: jax.Array, weights: jax.Array, sizes: jax.Array) -> j
 
   Source: Gale et al., MegaBlocks, arXiv 2211.15841, section 5.
   """
-  return _multiply(tokens, (weights,), sizes)[0]
+  return grouped_products(tokens, (weights,), sizes)[0]
 
 
 def _matmul_forward(tokens, weights, sizes):
@@ -41,8 +41,8 @@ def _matmul_forward(tokens, weights, sizes):
 
 def _matmul_backward(saved, grad):
   tokens, weights, sizes = saved
-  back = _multiply(grad, (weights,), sizes, transposed=True)[0]
-  return back, _weight_gradient(tokens, grad, sizes), None
+  back = grouped_products(grad, (weights,), sizes, transposed=True)[0]
+  return back, grouped_weight_gradient(tokens, grad, sizes), None
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -65,20 +65,20 @@ def grouped_swiglu(
 
   Source: Shazeer, arXiv 2002.05202, equation 6.
   """
-  return swiglu(*_multiply(tokens, (gate, up), sizes))
+  return swiglu(*grouped_products(tokens, (gate, up), sizes))
 
 
 def _swiglu_forward(tokens, gate, up, sizes):
-  products = _multiply(tokens, (gate, up), sizes)
+  products = grouped_products(tokens, (gate, up), sizes)
   return swiglu(*products), (tokens, gate, up, sizes, products)
 
 
 def _swiglu_backward(saved, grad):
   tokens, gate, up, sizes, products = saved
   from_gate, from_up = jax.vjp(swiglu, *products)[1](grad)
-  back = _multiply(from_gate, (gate,), sizes, transposed=True)[0].astype(jnp.float32)
-  back += _multiply(from_up, (up,), sizes, transposed=True)[0]
-  grads = (_weight_gradient(tokens, x, sizes) for x in (from_gate, from_up))
+  back = grouped_products(from_gate, (gate,), sizes, transposed=True)[0].astype(jnp.float32)
+  back += grouped_products(from_up, (up,), sizes, transposed=True)[0]
+  grads = (grouped_weight_gradient(tokens, x, sizes) for x in (from_gate, from_up))
   return back.astype(tokens.dtype), *grads, None
 
 
@@ -93,8 +93,20 @@ def grouped_matmul_reference(tokens: jax.Array, weights: jax.Array, sizes: jax.A
   return jnp.einsum('nef,ne->nf', every, own).astype(tokens.dtype)
 
 
-def _multiply(tokens, weights, sizes, transposed=False):
-  """Multiplies rows [N, D] with each of several stacks of matrices [E, D, F]."""
+def grouped_products(
+  tokens: jax.Array, weights: tuple[jax.Array, ...], sizes: jax.Array, *, transposed: bool = False
+) -> tuple[jax.Array, ...]:
+  """Multiplies rows with each of several stacks of matrices; has no gradient of its own.
+
+  Args:
+    tokens: [N, D] rows, one expert's after the other's.
+    weights: stacks [E, D, F], or [E, F, D] transposed.
+    sizes: [E] int32, rows of each expert.
+    transposed: whether the matrices are.
+
+  Returns:
+    One array [N, F] for each stack, in the dtype of `tokens`; zero after the last expert's rows.
+  """
 
   def tpu(tokens, sizes, *weights):
     product = functools.partial(grouped_tpu.multiply, transposed=transposed)
@@ -112,8 +124,17 @@ def _multiply(tokens, weights, sizes, transposed=False):
   return lax.platform_dependent(tokens, sizes, *weights, **forms, default=ragged)
 
 
-def _weight_gradient(tokens, grads, sizes):
-  """Sums tokenᵀ · gradient over each expert's rows, giving [E, D, F]."""
+def grouped_weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> jax.Array:
+  """Sums tokenᵀ · gradient over the rows of each expert, in float32.
+
+  Args:
+    tokens: [N, D].
+    grads: [N, F].
+    sizes: [E] int32.
+
+  Returns:
+    [E, D, F] in the dtype of `tokens`.
+  """
   rows = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=[0],

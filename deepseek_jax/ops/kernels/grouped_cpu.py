@@ -22,6 +22,29 @@ def block_sizes(rows: int, experts: int) -> tuple[int, ...]:
   return tuple(size for size in (largest, largest // 2, largest // 4, largest // 8) if size >= 8)
 
 
+def blocks_within(rows: int, experts: int) -> tuple[int, ...]:
+  """The block sizes, none of them larger than all there is."""
+  return tuple(dict.fromkeys(min(size, rows) for size in block_sizes(rows, experts)))
+
+
+def inside(start: jax.Array, size: int, end: jax.Array, total: int) -> tuple[jax.Array, jax.Array]:
+  """Moves a block back to where it ends with the last row, so that nothing has to be padded.
+
+  Args:
+    start: [] int32, the block's first row.
+    size: its rows.
+    end: [] int32, the row after the expert's last.
+    total: all rows.
+
+  Returns:
+    Where it starts, and which of its rows [size, 1] are its own: neither those before its old
+    start nor those behind the expert's.
+  """
+  moved = jnp.minimum(start, total - size)
+  row = moved + jnp.arange(size)
+  return moved, ((row >= start) & (row < end))[:, None]
+
+
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
   """Multiplies matrices [I, J] and [J, K] over an axis of each, giving [I, K] float32."""
   return lax.dot_general(
@@ -88,7 +111,7 @@ def multiply(
     One array [N, F] for each stack, in the dtype of `tokens`; zero after the last expert's rows.
   """
   count, total = len(sizes), tokens.shape[0]
-  blocks, ends = _sizes_within(total, count), jnp.cumsum(sizes)
+  blocks, ends = blocks_within(total, count), jnp.cumsum(sizes)
 
   def expert(e, carry):
     # The barrier keeps the compiler from folding the transposition back into the products, which
@@ -98,7 +121,7 @@ def multiply(
     first = ends[e] - sizes[e]
 
     def block(start, size, carry):
-      start, mine = _inside(start, size, ends[e], total)
+      start, mine = inside(start, size, ends[e], total)
       rows = read(tokens, start, size)
       found = (dot(rows, w, (1, 0)).astype(tokens.dtype) for w in own)
       return tuple(
@@ -125,13 +148,13 @@ def weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> ja
     [E, D, F] in the dtype of `tokens`.
   """
   count, total = len(sizes), tokens.shape[0]
-  blocks, ends = _sizes_within(total, count), jnp.cumsum(sizes)
+  blocks, ends = blocks_within(total, count), jnp.cumsum(sizes)
 
   def expert(e, out):
     first = ends[e] - sizes[e]
 
     def block(start, size, sums):
-      start, mine = _inside(start, size, ends[e], total)
+      start, mine = inside(start, size, ends[e], total)
       back = jnp.where(mine, read(grads, start, size), 0)
       return sums + dot(read(tokens, start, size), back, (0, 0))
 
@@ -141,18 +164,3 @@ def weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> ja
 
   shape = (count, tokens.shape[1], grads.shape[1])
   return lax.fori_loop(0, count, expert, jnp.zeros(shape, tokens.dtype))
-
-
-def _sizes_within(rows: int, experts: int) -> tuple[int, ...]:
-  """The block sizes, none of them larger than all there is."""
-  return tuple(dict.fromkeys(min(size, rows) for size in block_sizes(rows, experts)))
-
-
-def _inside(start, size, end, total):
-  """Moves a block back to where it ends with the last row, and says which rows [size, 1] are its.
-
-  So nothing has to be padded; the rows before, and those behind the expert's, are left alone.
-  """
-  moved = jnp.minimum(start, total - size)
-  row = moved + jnp.arange(size)
-  return moved, ((row >= start) & (row < end))[:, None]

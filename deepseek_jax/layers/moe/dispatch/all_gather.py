@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.moe.dispatch import shards
-from deepseek_jax.layers.moe.dispatch.shards import AXIS, Facts, Part
+from deepseek_jax.layers.moe.dispatch.shards import AXIS, Experts, Facts, Part
 from deepseek_jax.layers.moe.interface import Assignment
 from deepseek_jax.ops.experts import ExpertWeights
 from deepseek_jax.sharding.rules import Rules
@@ -37,10 +37,10 @@ class AllGather:
     return shards.run(_run, x, assignment, matrices, context)
 
 
-def _run(part: Part, matrices: ExpertWeights, count: int) -> tuple[jax.Array, Facts]:
+def _run(part: Part, experts: Experts) -> tuple[jax.Array, Facts]:
   with jax.named_scope('exchange'):
     whole = Part(*(jax.lax.all_gather(array, AXIS, tiled=True) for array in part))
-  y = shards.apply_own(whole, matrices, count)
+  y = shards.apply_own(whole, experts)
   with jax.named_scope('return'):
     # In float32, as are the sums over experts that lie on one shard.
     y = jax.lax.psum_scatter(y.astype(jnp.float32), AXIS, tiled=True)

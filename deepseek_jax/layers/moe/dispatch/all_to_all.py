@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.moe.dispatch import shards
-from deepseek_jax.layers.moe.dispatch.shards import AXIS, Facts, Part
+from deepseek_jax.layers.moe.dispatch.shards import AXIS, Experts, Facts, Part
 from deepseek_jax.layers.moe.interface import Assignment
 from deepseek_jax.ops.exchange import plan_exchange, ragged_exchange, ragged_return, received_sizes
-from deepseek_jax.ops.experts import ExpertWeights, combine, sort_by_expert, spread
-from deepseek_jax.ops.grouped_matmul import grouped_matmul, grouped_swiglu
+from deepseek_jax.ops.expert_rows import combine, sort_by_expert, spread
+from deepseek_jax.ops.experts import ExpertWeights, apply_to_rows
 from deepseek_jax.sharding.rules import Rules
 
 
@@ -77,21 +77,21 @@ class AllToAll:
     """
     return shards.run(self._run, x, assignment, matrices, context)
 
-  def _run(self, part: Part, matrices: ExpertWeights, count: int) -> tuple[jax.Array, Facts]:
-    """Sends a shard's tokens, in chunks, to `count` shards; returns [n, D]."""
+  def _run(self, part: Part, held: Experts) -> tuple[jax.Array, Facts]:
+    """Sends a shard's tokens, in chunks, to the shards of their experts; returns [n, D]."""
     size = math.ceil(len(part.x) / min(self.chunks, len(part.x)))
     results = [
-      self._run_chunk(Part(*(array[start : start + size] for array in part)), matrices, count)
+      self._run_chunk(Part(*(array[start : start + size] for array in part)), held)
       for start in range(0, len(part.x), size)
     ]
     facts = jax.tree.map(lambda *parts: sum(parts), *(facts for _, facts in results))
     return jnp.concatenate([y for y, _ in results]), facts
 
-  def _run_chunk(self, part: Part, matrices: ExpertWeights, count: int) -> tuple[jax.Array, Facts]:
-    experts, total = part.experts, matrices.gate.shape[0] * count
+  def _run_chunk(self, part: Part, held: Experts) -> tuple[jax.Array, Facts]:
+    experts, total = part.experts, held.held * held.shards
     if self.bound is not None:
       experts = jnp.where(part.real[:, None], experts, total)
-    room = self.room(experts.size, count)
+    room = self.room(experts.size, held.shards)
     with jax.named_scope('sort'):
       layout = sort_by_expert(experts, total)
       rows = spread(part.x, layout)
@@ -99,9 +99,7 @@ class AllToAll:
       plan = plan_exchange(layout.sizes, AXIS, room)
       rows = ragged_exchange(rows, plan, AXIS, room)
     with jax.named_scope('experts'):
-      sizes = received_sizes(plan)
-      hidden = grouped_swiglu(rows, matrices.gate, matrices.up, sizes)
-      rows = grouped_matmul(hidden, matrices.down, sizes)
+      rows = apply_to_rows(rows, received_sizes(plan), held.matrices, held.gather)
     with jax.named_scope('return'):
       rows = ragged_return(rows, plan, AXIS, experts.size)
     with jax.named_scope('combine'):

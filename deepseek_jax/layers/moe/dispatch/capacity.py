@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.moe.dispatch import shards
 from deepseek_jax.layers.moe.interface import Assignment
 from deepseek_jax.ops.capacity import limit_load
-from deepseek_jax.ops.experts import ExpertWeights, apply_experts
+from deepseek_jax.ops.experts import ExpertWeights
 from deepseek_jax.sharding.rules import Rules
 
 
@@ -58,4 +59,5 @@ class Capacity:
       experts = limit_load(asked, count, self.room(asked.size, count))
       choices, taken = (jnp.sum(e < count, dtype=jnp.float32) for e in (asked, experts))
     facts = {'choices': choices, 'dropped': choices - taken}
-    return apply_experts(x, experts, assignment.weights, matrices), facts
+    y, _ = shards.run(None, x, dataclasses.replace(assignment, experts=experts), matrices, context)
+    return y, facts

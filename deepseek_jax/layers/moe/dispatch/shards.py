@@ -1,6 +1,7 @@
 """Running the routed experts shard by shard: what lies where, and what the shards must share."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.moe.experts import INWARD, OUTWARD
 from deepseek_jax.layers.moe.interface import Assignment
-from deepseek_jax.ops.experts import ExpertWeights, apply_experts
+from deepseek_jax.ops.experts import ExpertWeights, Gather, apply_experts
 from deepseek_jax.sharding.rules import MeshAxes, Rules, shard_count
 
 AXIS = 'expert'
@@ -70,22 +71,48 @@ class Layout(NamedTuple):
     return self.rows + self.columns
 
 
-def token_layout(context: Context) -> Layout:
+def token_layout(context: Context, spread: MeshAxes) -> Layout:
   """Returns how tokens lie on the mesh that is set.
 
   A batch that its devices do not divide (one row, in decoding) is whole on each of them.
+
+  Args:
+    context: of [B, T] tokens.
+    spread: axes that experts stay on, each with its own.
   """
   rules, sizes = context.rules, dict(jax.sharding.get_abstract_mesh().shape)
   rows, columns = (
     axes if size % shard_count(axes, sizes) == 0 else ()
     for axes, size in zip((rules.batch, rules.seq), context.tokens.shape, strict=True)
   )
-  summed = (*rules.expert, *rules.expert_mlp)
+  summed = (*spread, *rules.expert_mlp)
   return Layout(rows, columns, tuple(axis for axis in summed if axis not in rows + columns))
 
 
+class Experts(NamedTuple):
+  """What one shard has of the experts.
+
+  Attributes:
+    matrices: of its own experts, cut along the axes by which weights are sharded beside.
+    gather: makes them whole over the width, for the forward pass and for the gradient.
+    shards: how many shards different experts lie on.
+  """
+
+  matrices: ExpertWeights
+  gather: Gather
+  shards: int
+
+  @property
+  def held(self) -> int:
+    """Experts of this shard, where there are several shards."""
+    return len(self.matrices.gate)
+
+
+Body = Callable[[Part, Experts], tuple[jax.Array, Facts]]
+
+
 def run(
-  body: Callable[[Part, ExpertWeights, int], tuple[jax.Array, Facts]],
+  body: Body | None,
   x: jax.Array,
   assignment: Assignment,
   matrices: ExpertWeights,
@@ -98,9 +125,9 @@ def run(
   gradients so reduced and scattered. Of hidden units a shard keeps its own, as of experts.
 
   Args:
-    body: from the shard's tokens, its experts' matrices over the whole width, and the number of
-      shards, to the results [n, D] of those tokens (over the shard's hidden units), and sums over
-      those tokens to log.
+    body: from the shard's tokens and experts to the results [n, D] of those tokens (over the
+      shard's hidden units), and sums over those tokens to log. None leaves tokens where they are
+      and gathers all experts to them.
     x: [N, D] tokens.
     assignment: of the N tokens.
     matrices: of all experts.
@@ -115,21 +142,22 @@ def run(
   mesh, rules = jax.sharding.get_abstract_mesh(), context.rules
   if mesh.empty or mesh.size == 1:
     return apply_experts(x, assignment.experts, assignment.weights, matrices), {}
-  if rules.expert not in ((), (AXIS,)):
+  spread = () if body is None else rules.expert
+  if spread not in ((), (AXIS,)):
     raise ConfigError(f"rules.expert is {rules.expert}; this dispatch needs ('{AXIS}',)")
-  layout, count = token_layout(context), mesh.shape[AXIS] if rules.expert else 1
+  layout, count = token_layout(context, spread), mesh.shape[AXIS] if spread else 1
   specs = [rules.spec(axes) for axes in (INWARD, INWARD, OUTWARD)]
 
+  kept = {*spread, *(axis for axis in rules.expert_mlp if axis in layout.parts)}
+  gather = functools.partial(_gather, specs=specs, kept=kept)
+
   def shard(x, experts, weights, real, *matrices):
-    with jax.named_scope('gather'):
-      whole = ExpertWeights(
-        *(_gather(w, spec, rules, layout) for w, spec in zip(matrices, specs, strict=True))
-      )
     part = Part(*(a.reshape(-1, *a.shape[2:]) for a in (x, experts, weights, real)))
-    if count > 1 and AXIS in layout.tokens:
-      y, facts = body(part, whole, count)
+    experts = Experts(ExpertWeights(*matrices), gather, count)
+    if body is not None and count > 1 and AXIS in layout.tokens:
+      y, facts = body(part, experts)
     else:
-      y, facts = apply_own(part, whole, count), {}
+      y, facts = apply_own(part, experts), {}
     if layout.tokens:
       facts = jax.lax.psum(facts, layout.tokens)
     return y.reshape(1, *x.shape), facts
@@ -150,22 +178,26 @@ def run(
   return jnp.sum(y, axis=0).reshape(x.shape), facts
 
 
-def apply_own(part: Part, matrices: ExpertWeights, count: int) -> jax.Array:
-  """Runs tokens [n, D] through the experts of this one of `count` shards, and sums over those."""
+def apply_own(part: Part, experts: Experts) -> jax.Array:
+  """Runs tokens [n, D] through the experts of this one shard, and sums over those."""
   own = part.experts
-  if count > 1:
-    held = matrices.gate.shape[0]
-    own = own - held * jax.lax.axis_index(AXIS)
-    own = jnp.where((own >= 0) & (own < held), own, held)
-  return apply_experts(part.x, own, part.weights, matrices)
+  if experts.shards > 1:
+    own = own - experts.held * jax.lax.axis_index(AXIS)
+    own = jnp.where((own >= 0) & (own < experts.held), own, experts.held)
+  return apply_experts(part.x, own, part.weights, experts.matrices, experts.gather)
 
 
-def _gather(w: jax.Array, spec: PartitionSpec, rules: Rules, layout: Layout) -> jax.Array:
+def _gather(
+  matrices: ExpertWeights, specs: Sequence[PartitionSpec], kept: set[str]
+) -> ExpertWeights:
   """Makes a shard's matrices whole along the axes that it cannot use them in parts along."""
-  kept = {*rules.expert, *(axis for axis in rules.expert_mlp if axis in layout.parts)}
-  for place, entry in enumerate(spec):
-    names = (entry,) if isinstance(entry, str) else entry or ()
-    names = tuple(name for name in names if name not in kept)
-    if names:
-      w = jax.lax.all_gather(w, names, axis=place, tiled=True)
-  return w
+  whole = []
+  for w, spec in zip(matrices, specs, strict=True):
+    for place, entry in enumerate(spec):
+      names = (entry,) if isinstance(entry, str) else entry or ()
+      names = tuple(name for name in names if name not in kept)
+      if names:
+        with jax.named_scope('gather'):
+          w = jax.lax.all_gather(w, names, axis=place, tiled=True)
+    whole.append(w)
+  return ExpertWeights(*whole)
