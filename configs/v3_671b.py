@@ -7,7 +7,10 @@ Hardware: 1,024 accelerators of 80 GB or more, as 64 (data) × 16 (expert). Floa
   gradients and bfloat16 moments take about 11 GB of each; activations the rest, one row at a time.
 Cost: 14.8 T tokens. The authors report 2.664 M H800 hours, 108 days of 1,024, with float8 products,
   a pipeline and dispatch of their own. This layout is the compiler's alone (GSPMD), in bfloat16,
-  and has never been run: expect it to be several times slower.
+  and has never been run: expect it to be several times slower. Tokens are sent to their experts,
+  in the place of what the compiler finds, with
+  --config.model.feed_forward.dispatch='AllToAll(bound=2.0)' (rules must be EXPERT, as they are);
+  the bound is for memory: with room for everything a device needs 7.5 GB for the rows of a layer.
 Expected: the published base model, given the authors' data.
 
 What differs from the paper: its batch grows from 3,072 to 15,360 rows over the first 469 B tokens,

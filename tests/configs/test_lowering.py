@@ -16,6 +16,7 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.load import load_config
+from deepseek_jax.core.override import override
 from deepseek_jax.core.precision import BFloat16
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.experiment import resolved
@@ -34,10 +35,12 @@ BLOCKS = re.compile(r'loc\("[^"]*/experts/[^"]*while')
 
 
 @functools.cache
-def program(name: str) -> Program:
+def program(name: str, dispatch: str | None = None) -> Program:
   """The program of a config, on its own mesh where eight devices or fewer can be that."""
   # `Fastest` is measured at the start of a run; on an accelerator it would be bfloat16.
   experiment = resolved(load_config(FOLDER / f'{name}.py'), BFloat16())
+  if dispatch is not None:
+    experiment, _ = override(experiment, {'model.feed_forward.dispatch': dispatch})
   if experiment.mesh.data is None:
     rows = experiment.data.batch_size // experiment.microbatches
     return build_program(experiment, jax.devices()[: math.gcd(8, rows)])
@@ -92,6 +95,20 @@ def test_tpu():
     text = traced.lower(lowering_platforms=('tpu',)).as_text()
   assert KERNEL in text
   assert 'ragged_dot' not in text
+
+
+def test_expert_parallelism():
+  """One override of the largest config: on a TPU rows travel as many as they are, by kernels."""
+  made = program('v3_671b', 'AllToAll(bound=2.0)')
+  with jax.set_mesh(made.mesh):
+    traced = made.step.function.trace(
+      made.abstract_state, made.abstract_batch(), *made.step.constants
+    )
+    text = traced.lower(lowering_platforms=('tpu',)).as_text(debug_info=True)
+  assert 'ragged_all_to_all' in text
+  assert 'tpu_custom_call' in text
+  assert RAGGED not in text
+  assert not BLOCKS.search(text)
 
 
 def test_the_step_is_whole():

@@ -25,6 +25,8 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.moe.balance import SequenceBalance
+from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import Constant
 from deepseek_jax.sharding.mesh import MeshConfig
@@ -43,7 +45,10 @@ LAYOUTS = {
   'fsdp': (FSDP, MeshConfig(data=8)),
   'tensor': (TENSOR, MeshConfig(data=2, model=4)),
   'expert': (EXPERT, MeshConfig(data=2, expert=4)),
+  'all_to_all': (EXPERT, MeshConfig(data=2, expert=4)),
+  'all_gather': (EXPERT, MeshConfig(data=2, expert=4)),
 }
+DISPATCHES = {'all_to_all': AllToAll(chunks=2), 'all_gather': AllGather()}
 KINDS = ('mla', 'window', 'gated', 'caption')
 
 
@@ -53,7 +58,11 @@ def experiment(kind: str, layout: str, microbatches: int = 1) -> Experiment:
   base = configs[kind].get_config()
   text = base.model.text if kind == 'caption' else base.model
   # Heavy enough for a wrong divisor of the balance loss to show.
-  sparse = dataclasses.replace(text.feed_forward, balance=SequenceBalance(weight=0.1))
+  sparse = dataclasses.replace(
+    text.feed_forward,
+    balance=SequenceBalance(weight=0.1),
+    dispatch=DISPATCHES.get(layout, text.feed_forward.dispatch),
+  )
   model = dataclasses.replace(text, feed_forward=sparse)
   if kind != 'mla':
     model = dataclasses.replace(model, depth=2, dense_layers=0, mtp=None)
@@ -213,6 +222,13 @@ PAIRS = [
 def test_a_mesh_changes_nothing(kind, layout):
   """Two steps under each preset are those of one device."""
   assert_same_steps(two_steps(kind, layout), two_steps(kind, 'single'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('layout', DISPATCHES)
+def test_a_dispatch_changes_nothing(layout):
+  """Nor does sending tokens to their experts, in a scan, under recomputation, twice a step."""
+  assert_same_steps(two_steps('mla', layout, 1), two_steps('mla', 'single'))
 
 
 @pytest.mark.parametrize(('layout', 'microbatches'), [('single', 2), ('tensor', 4)])
