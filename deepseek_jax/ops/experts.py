@@ -58,7 +58,8 @@ def apply_experts(
 
   def cpu(x, experts, weights, matrices):
     if experts.size <= len(matrices.gate):
-      return each_choice(x, experts, weights, matrices)
+      with jax.named_scope('experts'):
+        return each_choice(x, experts, weights, matrices)
     return forward_experts(x, experts, weights, matrices)[0]
 
   def other(x, experts, weights, matrices):
@@ -128,10 +129,8 @@ def backward_experts(
     grad_weights = jnp.take(d_weight, layout.row).astype(weights.dtype)
     return grad_x.astype(x.dtype), grad_weights, ExpertWeights(d_gate, d_up, d_down)
 
-  with jax.named_scope('experts'):
-    layout, products = saved
-    back = _by_platform(loop_backward, grouped)
-    return back(x, weights, layout, products, matrices, grad)
+  back = _by_platform(loop_backward, grouped)
+  return back(x, weights, *saved, matrices, grad)
 
 
 def _apply_forward(x, experts, weights, matrices, gather):
@@ -203,7 +202,11 @@ def _pull_inward(rows, sizes, matrices, pulled):
   return sum(back, jnp.float32(0)).astype(rows.dtype), *grads
 
 
-def _by_platform(cpu, default):
+def _by_platform(loop, default):
+  def cpu(*arguments):
+    with jax.named_scope('experts'):
+      return loop(*arguments)
+
   return lambda *arguments: lax.platform_dependent(*arguments, cpu=cpu, default=default)
 
 
