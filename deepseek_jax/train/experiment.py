@@ -23,6 +23,7 @@ from deepseek_jax.sharding.rules import Rules, shard_count
 from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.init_from import InitFrom
 from deepseek_jax.train.objective import NextToken
+from deepseek_jax.train.placement import Rebalance, check_placement, expert_devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Experiment:
     train_steps: updates of the whole run.
     objective: what is minimised.
     balance: how the routers' selection bias follows the load, or None to leave it alone.
+    placement: how often, and by what policy, experts with replicas are placed by their load, or
+      None to leave them where they are.
     guard: which steps are skipped, and when the run stops for it; None takes every step.
     ema: averaged weights that are kept beside the weights, or None.
     microbatches: equal parts of a batch that are run one after the other; gradients are summed.
@@ -89,6 +92,7 @@ class Experiment:
   train_steps: int
   objective: NextToken = NextToken()
   balance: SignBias | None = SignBias()
+  placement: Rebalance | None = None
   guard: Guard | None = Guard()
   ema: EMA | None = None
   microbatches: int = 1
@@ -144,6 +148,7 @@ class Experiment:
       errors += [f'data.tokenizer: {message}' for message in error.messages]
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices) + self._check_dispatch(devices)
+      errors += self._check_placement(devices)
     return errors + self._check_tables() + self._check_images()
 
   def _check_tables(self) -> list[str]:
@@ -166,9 +171,16 @@ class Experiment:
       f'{type(mixture.dispatch).__name__}: {message}'
       for mixture in dict.fromkeys(mixtures)
       if isinstance(mixture, MoE)
-      for message in mixture.dispatch.check(mixture.experts, sizes, self.rules)
+      for message in mixture.dispatch.check(mixture.slots, sizes, self.rules)
     ]
     return [f'dispatch {message}' for message in messages]
+
+  def _check_placement(self, devices: int) -> list[str]:
+    """Slots of experts can be filled on this mesh."""
+    layers = dict.fromkeys(layer.feed_forward for layer in self.model.layers())
+    mixtures = [layer for layer in layers if isinstance(layer, MoE)]
+    sharing = expert_devices(self.rules, self.mesh.sizes(devices))
+    return check_placement(self.placement, mixtures, sharing)
 
   def _check_images(self) -> list[str]:
     """What the data shows and what the model sees are the same pictures."""

@@ -26,6 +26,7 @@ from deepseek_jax.train.faults import FaultLog
 from deepseek_jax.train.initialise import Origin, open_origin, resume_state
 from deepseek_jax.train.interrupt import Stop, in_background
 from deepseek_jax.train.metrics import JsonLines, MetricWriter
+from deepseek_jax.train.placement import expert_devices, rebalance
 from deepseek_jax.train.recover import recover
 from deepseek_jax.train.saver import Saver
 from deepseek_jax.train.state import TrainState
@@ -149,7 +150,7 @@ def train(
 def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
   """Drops log rows of steps that the checkpoint does not know of: they will be run again."""
   writer.truncate(step)
-  for path in (workdir.evaluations, workdir.samples, workdir.faults):
+  for path in (workdir.evaluations, workdir.samples, workdir.faults, workdir.placements):
     JsonLines(path).truncate(step)
 
 
@@ -185,6 +186,11 @@ def _loop(
     metrics['host_seconds'] = host_seconds
     _finish(run, pending)
     pending = _Pending(done, metrics, np.asarray(rows.documents))
+    placement = run.experiment.placement
+    if placement is not None and _due(done, placement.every):
+      _finish(run, pending)
+      pending = None
+      state = _place(run, state, done)
     last = done == total
     halt = stop.requested is not None or run.faults.exhausted
     evaluating = last or _due(done, cadence.evaluate)
@@ -213,6 +219,23 @@ def _loop(
       return Outcome(done, stop.requested, None)
   run.saver.finish()
   return Outcome(total, None, evaluation)
+
+
+def _place(run: _Run, state: TrainState, step: int) -> TrainState:
+  """Places the experts anew; a checkpoint of the same step has them so."""
+  experiment, display = run.experiment, run.writer.display
+  assert experiment.placement is not None
+  devices = expert_devices(experiment.rules, dict(run.program.mesh.shape))
+  placed = rebalance(state.buffers, experiment.placement.policy, devices, run.segments)
+  row = {'before': placed.before, 'after': placed.after}
+  JsonLines(run.workdir.placements).append({'step': step, **row})
+  worst = {name: max(row[name].values()) for name in ('before', 'after')}
+  run.writer.write_scalars(step, 'placement', worst)
+  display.message(
+    f'step {step}  experts placed: busiest device {worst["before"]:.2f} → {worst["after"]:.2f} '
+    'times the mean, in the worst layer'
+  )
+  return dataclasses.replace(state, buffers=placed.buffers)
 
 
 def _stop_skipping(run: _Run, state: TrainState, step: int) -> None:

@@ -14,7 +14,7 @@ class TrainState:
   Attributes:
     step: scalar int32, finished steps.
     params: nested dict of float32 arrays, the master weights.
-    buffers: nested dict of float32 arrays that rules other than gradients update.
+    buffers: nested dict of arrays that rules other than gradients update.
     opt_state: the optimizer's pytree.
     ema: averaged weights; may be empty.
     guard: loss scale, skip counters and spike statistics; may be empty.

@@ -24,6 +24,7 @@ from deepseek_jax.train.objective import (
   evaluation_sums,
   training_loss,
 )
+from deepseek_jax.train.placement import count_tokens
 from deepseek_jax.train.state import TrainState, fresh_state
 from deepseek_jax.train.traced import Traced, traced_values, with_traced
 
@@ -280,6 +281,8 @@ def make_update(
     buffers, ema = state.buffers, state.ema
     if bias_rate is not None:
       buffers = update_buffers(buffers, observed, bias_rate(state.step))
+    if experiment.placement is not None:
+      buffers = count_tokens(buffers, observed)
     if experiment.ema is not None:
       ema = experiment.ema.update(ema, params, accepted_steps(state))
     return dataclasses.replace(state, params=params, buffers=buffers, opt_state=opt_state, ema=ema)

@@ -57,6 +57,11 @@ class Workdir:
     return self.path / 'faults.jsonl'
 
   @property
+  def placements(self) -> pathlib.Path:
+    """How even the devices' loads were and became when experts were placed, one JSON a line."""
+    return self.path / 'placements.jsonl'
+
+  @property
   def trained(self) -> bool:
     """Whether a step was logged or a checkpoint saved here."""
     log = self.path / 'metrics.jsonl'

@@ -16,6 +16,7 @@ from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
+from deepseek_jax.layers.moe.placement import Replicas
 from deepseek_jax.layers.moe.router.balanced import Balanced
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
@@ -41,6 +42,7 @@ class MoE:
     z_loss: auxiliary loss on the router's logits, or None.
     dispatch: how tokens reach their experts.
     form: what the experts' matrices are made of.
+    placement: how experts lie in more slots than there are experts; None is each in its own.
 
   Source: DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
   """
@@ -54,6 +56,7 @@ class MoE:
   z_loss: ZLoss | None = None
   dispatch: Local | Capacity | AllToAll | AllGather = Local()
   form: Separate | SharedFactor = Separate()
+  placement: Replicas | None = None
 
   def __post_init__(self):
     errors = [
@@ -65,8 +68,15 @@ class MoE:
       errors.append(f'`top_k` is {self.top_k}, more than the {self.experts} `experts` there are')
     if not errors:
       errors += [f'router: {message}' for message in self.router.check(self.experts, self.top_k)]
+      if self.placement is not None:
+        errors += [f'placement: {message}' for message in self.placement.check(self.experts)]
     if errors:
       raise ConfigError(errors)
+
+  @property
+  def slots(self) -> int:
+    """How many sets of matrices lie on the devices: what a dispatch takes for experts."""
+    return self.experts if self.placement is None else self.placement.slots
 
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Any:
     """Returns what the router remembers of rows without a token, [B, …]; None if it does not."""
@@ -105,7 +115,9 @@ class MoEFeedForward(nn.Module):
         add_loss(self, 'z_loss', c.z_loss(logits, context.real))
     tokens = x.reshape(batch * length, width)
     matrices = c.form.matrices(self, c.experts, width, c.hidden, x.dtype)
-    routed, facts = c.dispatch(tokens, assignment, matrices, context)
+    placed = None if c.placement is None else c.placement.around(c.dispatch, self, c.experts)
+    dispatch = placed or c.dispatch
+    routed, facts = dispatch(tokens, assignment, matrices, context)
     for name, fact in facts.items():
       observe(self, name, fact)
     routed = routed.reshape(x.shape)
