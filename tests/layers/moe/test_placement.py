@@ -11,6 +11,7 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.placement import Replicas
@@ -92,7 +93,7 @@ def test_replicas_change_nothing(rows, length):
   assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize('dispatch', [Local()], ids=lambda kind: type(kind).__name__)
+@pytest.mark.parametrize('dispatch', [Local(), AllToAll()], ids=lambda kind: type(kind).__name__)
 def test_on_a_mesh(dispatch):
   """Eight devices, four of which share the experts: the same numbers, and slots lie on all four."""
   variables, x, axes = made(8, 5)
