@@ -10,6 +10,8 @@ import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten, unflatten
+from deepseek_jax.layers.moe.dispatch.capacity import Capacity
+from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.placement import SLOTS, TOKENS
 from deepseek_jax.models.decoder import canonical
@@ -61,9 +63,10 @@ class Hierarchical:
 class Rebalance:
   """Every so often, fills the slots of layers with `Replicas` by the loads since the last time.
 
-  The devices are those that the rules spread experts over; with one there is nothing to place. A
-  layer whose busiest device would have no less to do stays as it is. Only a buffer changes: nothing
-  is compiled, and what a model computes stays the same.
+  The devices are those that the rules spread experts over; with one there is nothing to place. The
+  dispatch must be one by which tokens travel to the experts' devices. A layer whose busiest device
+  would have no less to do stays as it is. Only a buffer changes: nothing is compiled, and what a
+  model computes stays the same.
 
   Attributes:
     every: steps from one placement to the next.
@@ -98,6 +101,12 @@ def check_placement(
     return ['placement: no layer of the model has slots to fill; try MoE(placement=Replicas(…))']
   policy = Global() if rebalance is None else rebalance.policy
   errors = [
+    f'placement: dispatch {type(mixture.dispatch).__name__} brings the experts to the tokens, so '
+    'that it does not matter where they lie; try AllToAll'
+    for mixture in placed
+    if rebalance is not None and isinstance(mixture.dispatch, Local | Capacity)
+  ]
+  errors += [
     f'placement: {message}'
     for mixture in placed
     for message in placement_faults(

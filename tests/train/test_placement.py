@@ -11,6 +11,8 @@ from configs import tiny_mla
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.override import override
 from deepseek_jax.data.source import TextFiles
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
+from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.placement import Replicas
 from deepseek_jax.models.decoder import plan_segments
@@ -37,7 +39,12 @@ def experiment(**changes):
       'model.dense_layers': 0,
       'model.mtp': None,
       'model.feed_forward': MoE(
-        experts=EXPERTS, top_k=2, hidden=16, balance=None, placement=Replicas(slots=SLOTS)
+        experts=EXPERTS,
+        top_k=2,
+        hidden=16,
+        balance=None,
+        dispatch=AllToAll(),
+        placement=Replicas(slots=SLOTS),
       ),
       'balance': None,
       'guard': None,
@@ -93,6 +100,7 @@ def test_counts_and_plans_by_hand():
       {'placement.policy': Hierarchical(groups=3, nodes=3)},
       '8 experts are not divisible by 3 groups',
     ),
+    ({'model.feed_forward.dispatch': Local()}, 'dispatch Local brings the experts to the tokens'),
     ({'placement': None, 'model.feed_forward.placement.slots': 9}, '9 slots are not divisible'),
   ],
 )

@@ -27,9 +27,13 @@ class Replicas:
 
   The buffer `slots` [P] says which expert lies in which slot. The matrices of the slots are copies
   of the experts' that every pass makes anew: weights, gradients and the optimizer stay those of the
-  experts, whatever lies where, and replicas cannot drift apart. The price is that a device fetches
-  the matrices of its slots in every pass, forward and backward, as it does for a weight that FSDP
-  has cut. What it buys is even work, where a buffer with better slots is given; see `Rebalance`.
+  experts, whatever lies where, and replicas cannot drift apart.
+
+  What it buys is even work of devices that tokens travel to (`AllToAll`), where better slots are
+  given: see `Rebalance`. The price, in every pass: the compiler brings the matrices of all of the
+  layer's experts to every device (cut over `expert_embed` still) for a device to take its slots'
+  from, and sums their gradients so; the copies are kept for the backward pass, unless the layer is
+  recomputed. It pays where the busiest device costs more than that.
 
   Attributes:
     slots: places for experts P on all devices together, `experts` or more.

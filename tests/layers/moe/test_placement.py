@@ -12,7 +12,6 @@ import pytest
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
-from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.placement import Replicas
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
@@ -93,15 +92,14 @@ def test_replicas_change_nothing(rows, length):
   assert run._cache_size() == 1
 
 
-@pytest.mark.parametrize('dispatch', [Local(), AllToAll()], ids=lambda kind: type(kind).__name__)
-def test_on_a_mesh(dispatch):
+def test_on_a_mesh():
   """Eight devices, four of which share the experts: the same numbers, and slots lie on all four."""
   variables, x, axes = made(8, 5)
   expected, load = gradients(PLAIN, 8, 5)(**variables, x=x)
   mesh = make_mesh(MeshConfig(data=2, expert=4), jax.devices()[:8])
   variables = jax.device_put(variables, tree_shardings(mesh, tree_specs(EXPERT, axes)))
   x = jax.device_put(x, jax.NamedSharding(mesh, EXPERT.spec(('batch', 'seq', None))))
-  run = gradients(dataclasses.replace(PLACED, dispatch=dispatch), 8, 5)
+  run = gradients(dataclasses.replace(PLACED, dispatch=AllToAll()), 8, 5)
   with jax.set_mesh(mesh):
     for slots in FILLED.values():
       filled = jax.device_put(np.array(slots, np.int32), variables['buffers']['slots'].sharding)
