@@ -6,17 +6,16 @@ Command: python scripts/train.py --config=configs/v3_671b.py --workdir=runs/v3
 Hardware: 1,024 accelerators of 80 GB or more, as 64 (data) × 16 (expert). Float32 weights, float32
   gradients and bfloat16 moments take about 11 GB of each; activations the rest, one row at a time.
 Cost: 14.8 T tokens. The authors report 2.664 M H800 hours, 108 days of 1,024, with float8 products,
-  a pipeline and dispatch of their own. This layout is the compiler's alone (GSPMD), in bfloat16,
-  and has never been run: expect it to be several times slower. Tokens are sent to their experts,
-  in the place of what the compiler finds, with
-  --config.model.feed_forward.dispatch='AllToAll(bound=2.0)' (rules must be EXPERT, as they are);
-  the bound is for memory: with room for everything a device needs 7.5 GB for the rows of a layer.
+  a pipeline and kernels of their own. This layout is in bfloat16, without a pipeline, and has never
+  been run: expect it to be slower. Tokens travel to their experts; a device has room for twice its
+  even share of them, where room for everything would take 7.5 GB for the rows of one layer.
 Expected: the published base model, given the authors' data.
 
 What differs from the paper: its batch grows from 3,072 to 15,360 rows over the first 469 B tokens,
 ours is 15,360 throughout; its last 500 B tokens run at two constant rates (2.2e-5, 7.3e-6), ours
 decay to the first of them and stop; YaRN is on from the start, so that the architecture is the
-released model's, where the authors add it after pre-training; documents do not see each other.
+released model's, where the authors add it after pre-training; documents do not see each other;
+choices beyond a device's room are dropped and logged, where the authors drop none.
 
 Source: DeepSeek-V3, arXiv 2412.19437, sections 4.2 and 4.3, and the released configuration.
 """
@@ -28,6 +27,7 @@ from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.balance import SequenceBalance
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
@@ -71,6 +71,7 @@ def get_config() -> Experiment:
         shared=1,
         router=Sigmoid(groups=8, kept_groups=4, scale=2.5),
         balance=SequenceBalance(weight=1e-4),
+        dispatch=AllToAll(bound=2.0),
       ),
       mtp=MTP(depth=1),
     ),
