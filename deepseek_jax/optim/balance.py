@@ -1,12 +1,14 @@
 """Keeping a mixture of experts balanced by moving a bias, not by a loss.
 
 Each expert has a bias that is added to its score when experts are chosen, and only then. After a
-step, the bias of every expert with less than the mean load goes up by a fixed rate and that of
-every expert with more goes down. No gradient is involved: the bias is a buffer, not a parameter.
+step, the bias of every expert with less than the mean load goes up and that of every expert with
+more goes down: by a fixed rate, or by as much as the load is off. No gradient is involved: the bias
+is a buffer, not a parameter. Routers without one are left alone.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,17 +22,8 @@ LOAD = 'load'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SignBias:
-  """Moves each expert's selection bias by a fixed rate towards balance, each step.
-
-  Attributes:
-    rate: how far a bias moves in one step where the schedule's factor is 1.
-    schedule: factor of the rate by step. DeepSeek-V3 stops for the last 500B of its 14.8T tokens:
-      `MultiStep(warmup_steps=0, boundaries=(0.966,), factor=0.0)`.
-
-  Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; Wang et al. (arXiv 2408.15664),
-    algorithm 1.
-  """
+class _BiasRule:
+  """A rate and its schedule; kinds say which way a bias moves."""
 
   rate: float = 1e-3
   schedule: Schedule = Constant()
@@ -58,27 +51,87 @@ class SignBias:
     return lambda step: self.rate * factor(step)
 
 
-def update_bias(bias: jax.Array, load: jax.Array, rate: jax.typing.ArrayLike) -> jax.Array:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SignBias(_BiasRule):
+  """Moves each expert's selection bias by a fixed rate towards balance, each step.
+
+  Attributes:
+    rate: how far a bias moves in one step where the schedule's factor is 1.
+    schedule: factor of the rate by step. DeepSeek-V3 stops for the last 500B of its 14.8T tokens:
+      `MultiStep(warmup_steps=0, boundaries=(0.966,), factor=0.0)`.
+
+  Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2; Wang et al. (arXiv 2408.15664),
+    algorithm 1.
+  """
+
+  def direction(self, load: jax.Array) -> jax.Array:
+    """Returns +1, 0 or −1 for loads [..., E] below, at or above the mean."""
+    return sign_of_shortfall(load)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProportionalBias(_BiasRule):
+  """Moves each expert's selection bias towards balance by as much as its load is off, each step.
+
+  The paper moves by the error in tokens; here it is a share of the mean load, so that the rate does
+  not depend on the size of the batch. An expert that nobody chose moves by the whole rate.
+
+  Attributes:
+    rate: how far a bias moves in one step for a load that is off by the mean, where the schedule's
+      factor is 1.
+    schedule: factor of the rate by step.
+
+  Source: Wang et al. (arXiv 2408.15664), its study of update rules.
+  """
+
+  def direction(self, load: jax.Array) -> jax.Array:
+    """Returns how much of the mean each load [..., E] lacks."""
+    return shortfall(load)
+
+
+def sign_of_shortfall(load: jax.Array) -> jax.Array:
+  """Returns the sign [..., E] of mean − load, of loads [..., E] float32."""
+  # Without the division, whose rounding could move a perfectly even load.
+  return jnp.sign(load.sum(axis=-1, keepdims=True) - load.shape[-1] * load)
+
+
+def shortfall(load: jax.Array) -> jax.Array:
+  """Returns (mean − load) / mean, [..., E], of loads [..., E] float32; 0 where all are 0."""
+  total = load.sum(axis=-1, keepdims=True)
+  return (total - load.shape[-1] * load) / jnp.maximum(total, 1.0)
+
+
+Direction = Callable[[jax.Array], jax.Array]
+"""Which way, and how far as a multiple of the rate, biases move by loads [..., E]."""
+
+
+def update_bias(
+  bias: jax.Array,
+  load: jax.Array,
+  rate: jax.typing.ArrayLike,
+  direction: Direction = sign_of_shortfall,
+) -> jax.Array:
   """Raises the bias of experts with too little load and lowers it for those with too much.
 
   Args:
     bias: float [..., E].
     load: tokens that chose each expert, summed over the whole batch, [..., E].
     rate: how far a bias moves; scalar.
+    direction: of the balance kind.
 
   Returns:
     The new bias [..., E], in the dtype of `bias`.
 
   Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
   """
-  load = load.astype(jnp.float32)
-  # sign(mean − load) without the division, whose rounding could move a perfectly even load.
-  direction = jnp.sign(load.sum(axis=-1, keepdims=True) - load.shape[-1] * load)
-  return bias + (rate * direction).astype(bias.dtype)
+  return bias + (rate * direction(load.astype(jnp.float32))).astype(bias.dtype)
 
 
 def update_buffers(
-  buffers: Mapping[str, Any], observed: Mapping[str, Any], rate: jax.typing.ArrayLike
+  buffers: Mapping[str, Any],
+  observed: Mapping[str, Any],
+  rate: jax.typing.ArrayLike,
+  direction: Direction = sign_of_shortfall,
 ) -> dict[str, Any]:
   """Applies `update_bias` to every selection bias in a model's buffers.
 
@@ -87,6 +140,7 @@ def update_buffers(
     observed: nested dict that has an array 'load' [..., E] beside each of them; whatever else it
       holds is ignored.
     rate: how far a bias moves; scalar.
+    direction: of the balance kind.
 
   Returns:
     A new nested dict like `buffers`; arrays of other names are the same objects.
@@ -94,13 +148,14 @@ def update_buffers(
   Raises:
     ValueError: a bias has no load beside it, or one of another shape.
   """
-  return _update_level(buffers, observed, rate, ())
+  update = functools.partial(update_bias, rate=rate, direction=direction)
+  return _update_level(buffers, observed, update, ())
 
 
 def _update_level(
   buffers: Mapping[str, Any],
   observed: Any,
-  rate: jax.typing.ArrayLike,
+  update: Callable[[jax.Array, jax.Array], jax.Array],
   parents: tuple[str, ...],
 ) -> dict[str, Any]:
   """One level of `update_buffers`; `observed` is at the same place of the other tree."""
@@ -109,9 +164,9 @@ def _update_level(
   for name, value in buffers.items():
     address = (*parents, name)
     if isinstance(value, Mapping):
-      updated[name] = _update_level(value, seen.get(name), rate, address)
+      updated[name] = _update_level(value, seen.get(name), update, address)
     elif name == BIAS:
-      updated[name] = update_bias(value, _load_beside(value, seen, address), rate)
+      updated[name] = update(value, _load_beside(value, seen, address))
     else:
       updated[name] = value
   return updated

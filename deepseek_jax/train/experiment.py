@@ -13,7 +13,7 @@ from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
-from deepseek_jax.optim.balance import SignBias
+from deepseek_jax.optim.balance import ProportionalBias, SignBias
 from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
@@ -91,7 +91,7 @@ class Experiment:
   schedule: Schedule
   train_steps: int
   objective: NextToken = NextToken()
-  balance: SignBias | None = SignBias()
+  balance: SignBias | ProportionalBias | None = SignBias()
   placement: Rebalance | None = None
   guard: Guard | None = Guard()
   ema: EMA | None = None

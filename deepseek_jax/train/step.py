@@ -279,8 +279,8 @@ def make_update(
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
       params = optax.apply_updates(state.params, updates)
     buffers, ema = state.buffers, state.ema
-    if bias_rate is not None:
-      buffers = update_buffers(buffers, observed, bias_rate(state.step))
+    if balance is not None and bias_rate is not None:
+      buffers = update_buffers(buffers, observed, bias_rate(state.step), balance.direction)
     if experiment.placement is not None:
       buffers = count_tokens(buffers, observed)
     if experiment.ema is not None:

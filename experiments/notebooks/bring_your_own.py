@@ -70,8 +70,9 @@ class FadingAttention(LatentAttention):
 # %% [markdown]
 """## A router of your own
 
-The token's id alone chooses its experts; nothing is learnt and nothing can collapse (after Roller
-et al., arXiv 2106.04426).
+The token's id alone chooses its experts by a formula; nothing is learnt and nothing can collapse
+(after Roller et al., arXiv 2106.04426). The package's own `Hash` reads a table and learns how much
+each expert counts.
 """
 
 

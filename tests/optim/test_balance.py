@@ -9,6 +9,7 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.optim.balance import (
+  ProportionalBias,
   SignBias,
   dead_fraction,
   load_entropy,
@@ -45,11 +46,33 @@ def test_update_bias_equals_the_oracle():
   np.testing.assert_array_equal(new[1], bias[1])
 
 
+def test_proportional_bias_equals_the_oracle():
+  rule = ProportionalBias(rate=0.1)
+  bias = np.random.default_rng(0).normal(size=LOAD.shape).astype(np.float32)
+  expected = np.array(
+    [
+      [b + 0.1 * (sum(load) / 5 - x) / (sum(load) / 5) for b, x in zip(biases, load)]
+      for biases, load in zip(bias.tolist(), LOAD.tolist())
+    ]
+  )
+  new = jax.jit(lambda b, x: update_bias(b, x, rule.build(3)(0), rule.direction))(bias, LOAD)
+  np.testing.assert_allclose(new, expected, atol=1e-6)
+  assert new[0, 1] == pytest.approx(bias[0, 1] + 0.1), 'nobody chose it: the whole rate'
+  # The size of the batch does not matter, and without a token nothing moves.
+  again = update_bias(bias, 10 * LOAD, 0.1, rule.direction)
+  np.testing.assert_allclose(again, new, atol=1e-6)
+  np.testing.assert_array_equal(update_bias(bias, 0 * LOAD, 0.1, rule.direction), bias)
+  with pytest.raises(ConfigError, match='rate'):
+    ProportionalBias(rate=-1.0)
+
+
+@pytest.mark.parametrize('rule', [SignBias(), ProportionalBias()])
 @pytest.mark.parametrize('experts', [3, 7, 49])
 @pytest.mark.parametrize('count', [1, 11, 12345])
-def test_a_perfectly_even_load_moves_nothing(experts, count):
+def test_a_perfectly_even_load_moves_nothing(experts, count, rule):
   bias = jnp.zeros(experts)
-  np.testing.assert_array_equal(jax.jit(update_bias)(bias, jnp.full(experts, count), 1.0), bias)
+  new = update_bias(bias, jnp.full(experts, count), 1.0, rule.direction)
+  np.testing.assert_array_equal(new, bias)
 
 
 def test_repeated_updates_balance_a_skewed_router():
@@ -95,6 +118,10 @@ def test_update_buffers_follows_the_addresses():
     buffers['layers_1']['router']['selection_bias'], 0, 'the argument is untouched'
   )
   assert update_buffers({}, observed, 0.5) == {}
+  moved = update_buffers(buffers, observed, 0.5, ProportionalBias().direction)
+  np.testing.assert_allclose(
+    moved['layers_1']['router']['selection_bias'], 0.5 * (3 - LOAD[0]) / 3, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What routers and dispatches offer; any object that does fits in `MoE`."""
+"""What routers, balance losses and dispatches offer; any object that does fits in `MoE`."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -56,6 +56,23 @@ class RouterConfig(Protocol):
 
     Limits are given only where the layer has any (`MoE.breaker`, `MoE.growth`). In generation, a
     router that is `Remembering` is given a `cache` too, and returns it in the assignment.
+    """
+
+
+@runtime_checkable
+class Balance(Protocol):
+  """An auxiliary loss that evens out the load of experts."""
+
+  def check(self, experts: int) -> list[str]:
+    """Returns what is wrong with balancing `experts` experts, as messages."""
+
+  def __call__(self, scores: jax.Array, experts: jax.Array, real: jax.Array) -> jax.Array:
+    """Returns the weighted loss [], summed over sequences.
+
+    Args:
+      scores: [B, T, E] float32 affinities.
+      experts: [B, T, K] int32 choices; E is nobody.
+      real: [B, T] bool; padding counts for nothing.
     """
 
 

@@ -10,7 +10,14 @@ from jax.typing import DTypeLike
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import Remembering, SwiGLU
-from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
+from deepseek_jax.layers.moe.balance import (
+  BatchBalance,
+  CommunicationBalance,
+  DeviceBalance,
+  ExpertBalance,
+  SequenceBalance,
+  Several,
+)
 from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
@@ -52,7 +59,15 @@ class MoE:
   hidden: int
   shared: int | None = 1
   router: Sigmoid | Softmax | SqrtSoftplus | Hash | ExpertAttention | Balanced = Sigmoid()
-  balance: SequenceBalance | BatchBalance | None = SequenceBalance()
+  balance: (
+    SequenceBalance
+    | BatchBalance
+    | ExpertBalance
+    | DeviceBalance
+    | CommunicationBalance
+    | Several
+    | None
+  ) = SequenceBalance()
   z_loss: ZLoss | None = None
   dispatch: Local | Capacity | AllToAll | AllGather = Local()
   form: Separate | SharedFactor = Separate()
@@ -68,8 +83,9 @@ class MoE:
       errors.append(f'`top_k` is {self.top_k}, more than the {self.experts} `experts` there are')
     if not errors:
       errors += [f'router: {message}' for message in self.router.check(self.experts, self.top_k)]
-      if self.placement is not None:
-        errors += [f'placement: {message}' for message in self.placement.check(self.experts)]
+      for name in ('balance', 'placement'):
+        if (part := getattr(self, name)) is not None:
+          errors += [f'{name}: {message}' for message in part.check(self.experts)]
     if errors:
       raise ConfigError(errors)
 
@@ -107,7 +123,8 @@ class MoEFeedForward(nn.Module):
       observe(self, 'router', {'load': load})
       if c.balance is not None:
         scores = assignment.scores.reshape(batch, length, c.experts)
-        add_loss(self, 'balance', c.balance(scores, context.real, c.top_k))
+        experts = assignment.experts.reshape(batch, length, c.top_k)
+        add_loss(self, 'balance', c.balance(scores, experts, context.real))
       if c.z_loss is not None:
         if assignment.logits is None:
           raise ConfigError(f'z_loss: the router {type(c.router).__name__} has no logits')

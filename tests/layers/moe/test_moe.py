@@ -7,12 +7,20 @@ import numpy as np
 import pytest
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.override import override
 from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.moe.balance import BatchBalance, SequenceBalance
-from deepseek_jax.layers.moe.interface import Dispatch, RouterConfig
+from deepseek_jax.layers.moe.balance import (
+  BatchBalance,
+  CommunicationBalance,
+  DeviceBalance,
+  ExpertBalance,
+  SequenceBalance,
+  Several,
+)
+from deepseek_jax.layers.moe.interface import Balance, Dispatch, RouterConfig
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
-from deepseek_jax.ops.balance import batch_balance, sequence_balance
+from deepseek_jax.ops.balance import batch_balance, expert_balance, sequence_balance
 
 B, T, D = 2, 5, 6
 SEGMENTS = np.array([[1, 1, 2, 0, 0], [1, 1, 1, 1, 1]], np.int32)
@@ -86,6 +94,7 @@ def test_moe(shared):
   [
     (SequenceBalance(weight=0.3), sequence_balance),
     (BatchBalance(weight=0.2), batch_balance),
+    (ExpertBalance(weight=0.2), expert_balance),
     (None, None),
   ],
 )
@@ -96,9 +105,10 @@ def test_balance_loss(balance, op):
   if balance is None:
     assert 'losses' not in reported
     return
-  _, scores, _ = moe_oracle(variables, config, x)
+  _, scores, chosen = moe_oracle(variables, config, x)
   real = jnp.asarray(SEGMENTS > 0)
-  want = balance.weight * op(jnp.asarray(scores.reshape(B, T, 5), jnp.float32), real, 2)
+  scores, experts = scores.reshape(B, T, 5), np.reshape(chosen, (B, T, 2))
+  want = balance.weight * op(jnp.asarray(scores, jnp.float32), jnp.asarray(experts), real)
   assert float(reported['losses']['balance']) == pytest.approx(float(want), rel=1e-5)
   # What stands in padding does not matter; what stands elsewhere does.
   changed = x.copy()
@@ -136,6 +146,7 @@ def test_parts_obey_their_protocols():
   config = MoE(experts=5, top_k=2, hidden=3)
   assert isinstance(config.router, RouterConfig)
   assert isinstance(config.dispatch, Dispatch)
+  assert isinstance(config.balance, Balance)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +155,11 @@ def test_parts_obey_their_protocols():
     ({'experts': 0}, '`experts`'),
     ({'top_k': 9}, '`top_k`'),
     ({'shared': 0}, '`shared`'),
+    ({'balance': DeviceBalance(devices=3)}, 'balance: `devices`'),
+    (
+      {'balance': Several(losses=(ExpertBalance(), CommunicationBalance(devices=5, kept=2)))},
+      'balance: `devices`',
+    ),
     ({'router': Sigmoid(groups=3, kept_groups=1)}, 'router: `groups`'),
     ({'router': Sigmoid(groups=4, kept_groups=1), 'top_k': 3}, 'router: `kept_groups`'),
   ],
@@ -153,7 +169,28 @@ def test_wrong_fields(fields, text):
     MoE(**{'experts': 8, 'top_k': 2, 'hidden': 3, **fields})
 
 
-def test_wrong_balance_weight():
-  for kind in (SequenceBalance, BatchBalance):
+def test_wrong_balance():
+  for kind in (SequenceBalance, BatchBalance, ExpertBalance):
     with pytest.raises(ConfigError, match='weight'):
       kind(weight=0.0)
+  with pytest.raises(ConfigError, match='`kept` is 3'):
+    CommunicationBalance(devices=2, kept=3)
+  with pytest.raises(ConfigError, match='`devices` is 0'):
+    DeviceBalance(devices=0)
+  with pytest.raises(ConfigError, match='`losses` is empty'):
+    Several(losses=())
+
+
+def test_several_losses_are_summed_and_can_be_written_as_text():
+  text = (
+    'Several(losses=(ExpertBalance(), DeviceBalance(devices=2), '
+    'CommunicationBalance(devices=2, kept=1)))'
+  )
+  config, _ = override(MoE(experts=6, top_k=2, hidden=3), {'balance': text})
+  assert [loss.weight for loss in config.balance.losses] == [3e-3, 0.05, 0.02]
+  rng = np.random.default_rng(0)
+  scores = jnp.asarray(rng.random((B, T, 6)), jnp.float32)
+  given = scores, jax.lax.top_k(scores, 2)[1], jnp.asarray(SEGMENTS > 0)
+  parts = [float(loss(*given)) for loss in config.balance.losses]
+  assert len(set(parts)) == 3
+  assert float(config.balance(*given)) == pytest.approx(sum(parts), rel=1e-6)
