@@ -80,14 +80,15 @@ def test_replicas_by_a_loop():
     np.testing.assert_array_equal(replicate(loads, 13, 4), want)
 
 
-def test_packs_by_a_loop():
+@pytest.mark.parametrize('size', [4, 6])
+def test_packs_by_a_loop(size):
   loads = draw(12, 0.5)
-  for row, found in zip(loads, pack(loads, 3)):
+  for row, found in zip(loads, pack(loads, 3, size)):
     packs = [[], [], []]
     for item in sorted(range(12), key=lambda i: -row[i]):
-      free = [p for p in packs if len(p) < 4]
+      free = [p for p in packs if len(p) < size]
       min(free, key=lambda p: sum(row[p])).append(item)
-    assert [sorted(p) for p in packs] == [list(np.flatnonzero(found == p)) for p in range(3)]
+    np.testing.assert_array_equal(found, [p + [-1] * (size - len(p)) for p in packs])
 
 
 @pytest.mark.parametrize('shape', [s for s in SHAPES if s[0] % s[2] == 0 and s[0] < s[1]])
@@ -116,10 +117,10 @@ def best(loads: np.ndarray, slots: int, devices: int) -> float:
 
 @pytest.mark.parametrize(
   ('experts', 'slots', 'devices', 'worst', 'mean'),
-  [(4, 6, 3, 1.64, 1.11), (4, 6, 2, 1.28, 1.08), (5, 6, 2, 1.46, 1.08)],
+  [(4, 6, 3, 1.19, 1.03), (4, 6, 2, 1.14, 1.03), (5, 6, 2, 1.15, 1.02)],
 )
 def test_how_far_greedy_is_from_the_best(experts, slots, devices, worst, mean):
-  """With two or three slots a device greedy is far off at times: figures as measured."""
+  """Figures as measured. Replicas of heavy experts in all slots are up to 1.6 times off."""
   loads = np.random.default_rng(slots + devices).uniform(0, 1, (150, experts)) ** 2
   got = device_loads(loads, place(loads, slots, devices), devices).max(axis=1)
   ratio = got / [best(row, slots, devices) for row in loads]
