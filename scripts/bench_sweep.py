@@ -95,7 +95,7 @@ def time_seeds() -> None:
   chosen = dataclasses.replace(experiment(), mesh=MeshConfig())
   program, count = build_program(chosen, jax.devices()[:1]), SEEDS.value
   optimizer = chosen.optimizer.build(chosen.schedule.build(chosen.train_steps), program.axes)
-  step = make_step(chosen, program.decoder, optimizer)
+  step = make_step(chosen, program.decoder, optimizer, program.axes)
   with tempfile.TemporaryDirectory() as cache:
     source = chosen.data.prepare(pathlib.Path(cache)).train_batches(0)
     batches = [jax.device_put(next(source), program.batch_sharding) for _ in range(count)]

@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.describe import duration, si, table
-from deepseek_jax.models.cost import active_parameters, making_flops, training_flops
+from deepseek_jax.models.cost import active_parameters, active_share, making_flops, training_flops
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program
 from deepseek_jax.train.summary import experiment_weights
@@ -87,7 +88,8 @@ class FlopsPerToken:
 
   FLOPs are those of `models/cost.py`: three times the forward pass, attention's mixing included,
   nothing for recomputation or for moving data. Batch size and length are taken into account, and so
-  are experts' matrices that are made from factors in every pass.
+  are experts' matrices that are made from factors in every pass, and choices that are not active
+  at first (at the steps that the config asks for).
   """
 
   unit = 'training FLOPs a step'
@@ -240,11 +242,12 @@ def _paid_steps(cost: float, reference: Matched) -> int:
 
 
 def step_flops(program: Program) -> float:
-  """Returns the training FLOPs of a step, pictures included."""
+  """Returns the training FLOPs of a step, pictures included: the mean one, where layers grow."""
   data: Any = program.experiment.data
   pictures = 0 if data.image_shape is None else data.image_shape[0]
   weights = experiment_weights(program)
   model = program.experiment.model
   token = training_flops(model, weights, data.length, pictures)
   making = 3.0 * making_flops(model) * program.experiment.microbatches
+  token *= float(np.mean(active_share(model, token / 3, program.experiment.train_steps)))
   return token * data.length * data.batch_size + making

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.layers.moe.experts import Met
 from deepseek_jax.layers.moe.moe import MoE
@@ -154,3 +156,34 @@ def making_flops(family: Family) -> float:
     for moe in (block.feed_forward for block in layers)
     if isinstance(moe, MoE)
   )
+
+
+def active_share(family: Family, forward: float, total_steps: int) -> np.ndarray:
+  """Returns what a token costs at each step of a run whose layers grow, over its full cost.
+
+  A choice that is not active yet costs nothing; the number of active experts changes no token's
+  cost. All else costs what it costs in the full model.
+
+  Args:
+    family: the model.
+    forward: its `forward_flops`.
+    total_steps: steps of the run.
+
+  Returns:
+    [total_steps] float64, 1 where everything is active; the mean is the share of the run's FLOPs.
+
+  Raises:
+    ConfigError: a layer grows beyond the run.
+  """
+  spared = np.zeros(total_steps)
+  depth = 0 if family.mtp is None else family.mtp.depth
+  layers = family.layers()
+  layers += [layers[-1]] * depth
+  for moe in (block.feed_forward for block in layers):
+    if isinstance(moe, MoE) and moe.growth is not None:
+      choice = 2.0 * 3 * family.width * moe.hidden
+      stages = moe.growth.stages(moe.experts, moe.top_k, total_steps)
+      ends = [since for since, _, _ in stages[1:]] + [total_steps]
+      for (since, _, choices), end in zip(stages, ends, strict=True):
+        spared[since:end] += choice * (moe.top_k - choices)
+  return 1 - spared / forward

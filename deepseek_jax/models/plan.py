@@ -165,7 +165,10 @@ def _zip(function, trees):
 
 
 def _pick(x, index: int):
-  if hasattr(x, 'at') or isinstance(x, np.ndarray):
+  if isinstance(x, np.ndarray):
+    # An entry of a vector stays an array.
+    return np.asarray(x[index])
+  if hasattr(x, 'at'):
     return x[index]
   return type(x)(x.shape[1:], x.dtype)
 

@@ -19,6 +19,7 @@ from deepseek_jax.optim.schedule import Constant, Schedule, ScheduleFn
 
 BIAS = 'selection_bias'
 LOAD = 'load'
+ALLOWED = 'allowed'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,9 +65,9 @@ class SignBias(_BiasRule):
     algorithm 1.
   """
 
-  def direction(self, load: jax.Array) -> jax.Array:
+  def direction(self, load: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     """Returns +1, 0 or −1 for loads [..., E] below, at or above the mean."""
-    return sign_of_shortfall(load)
+    return sign_of_shortfall(load, allowed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,25 +85,40 @@ class ProportionalBias(_BiasRule):
   Source: Wang et al. (arXiv 2408.15664), its study of update rules.
   """
 
-  def direction(self, load: jax.Array) -> jax.Array:
+  def direction(self, load: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
     """Returns how much of the mean each load [..., E] lacks."""
-    return shortfall(load)
+    return shortfall(load, allowed)
 
 
-def sign_of_shortfall(load: jax.Array) -> jax.Array:
-  """Returns the sign [..., E] of mean − load, of loads [..., E] float32."""
+def sign_of_shortfall(load: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+  """Returns the sign [..., E] of mean − load, of loads [..., E] float32; see `shortfall`."""
   # Without the division, whose rounding could move a perfectly even load.
-  return jnp.sign(load.sum(axis=-1, keepdims=True) - load.shape[-1] * load)
+  return jnp.sign(_missing(load, allowed))
 
 
-def shortfall(load: jax.Array) -> jax.Array:
-  """Returns (mean − load) / mean, [..., E], of loads [..., E] float32; 0 where all are 0."""
+def shortfall(load: jax.Array, allowed: jax.Array | None = None) -> jax.Array:
+  """Returns (mean − load) / mean, [..., E], of loads [..., E] float32; 0 where all are 0.
+
+  Args:
+    load: tokens that chose each expert.
+    allowed: 0 for experts that could not be chosen, [..., E]: they lack nothing, and the mean is
+      that of the others. None where all could.
+  """
+  return _missing(load, allowed) / jnp.maximum(load.sum(axis=-1, keepdims=True), 1.0)
+
+
+def _missing(load: jax.Array, allowed: jax.Array | None) -> jax.Array:
+  """The mean less the load, times the number of experts that could be chosen."""
   total = load.sum(axis=-1, keepdims=True)
-  return (total - load.shape[-1] * load) / jnp.maximum(total, 1.0)
+  if allowed is None:
+    return total - load.shape[-1] * load
+  able = (allowed > 0).astype(jnp.float32)
+  return able * (total - able.sum(axis=-1, keepdims=True) * load)
 
 
-Direction = Callable[[jax.Array], jax.Array]
-"""Which way, and how far as a multiple of the rate, biases move by loads [..., E]."""
+Direction = Callable[[jax.Array, jax.Array | None], jax.Array]
+"""Which way, and how far as a multiple of the rate, biases move by loads [..., E], and by
+which experts could be chosen."""
 
 
 def update_bias(
@@ -110,6 +126,7 @@ def update_bias(
   load: jax.Array,
   rate: jax.typing.ArrayLike,
   direction: Direction = sign_of_shortfall,
+  allowed: jax.Array | None = None,
 ) -> jax.Array:
   """Raises the bias of experts with too little load and lowers it for those with too much.
 
@@ -118,13 +135,16 @@ def update_bias(
     load: tokens that chose each expert, summed over the whole batch, [..., E].
     rate: how far a bias moves; scalar.
     direction: of the balance kind.
+    allowed: 0 for experts that could not be chosen, [..., E]: their bias stays. None where all
+      could.
 
   Returns:
     The new bias [..., E], in the dtype of `bias`.
 
   Source: DeepSeek-V3 (arXiv 2412.19437) section 2.1.2.
   """
-  return bias + (rate * direction(load.astype(jnp.float32))).astype(bias.dtype)
+  change = rate * direction(load.astype(jnp.float32), allowed)
+  return bias + change.astype(bias.dtype)
 
 
 def update_buffers(
@@ -137,8 +157,8 @@ def update_buffers(
 
   Args:
     buffers: nested dict; arrays named 'selection_bias' have shape [..., E].
-    observed: nested dict that has an array 'load' [..., E] beside each of them; whatever else it
-      holds is ignored.
+    observed: nested dict that has an array 'load' [..., E] beside each of them, and 'allowed' where
+      not every expert could be chosen; whatever else it holds is ignored.
     rate: how far a bias moves; scalar.
     direction: of the balance kind.
 
@@ -155,7 +175,7 @@ def update_buffers(
 def _update_level(
   buffers: Mapping[str, Any],
   observed: Any,
-  update: Callable[[jax.Array, jax.Array], jax.Array],
+  update: Callable[..., jax.Array],
   parents: tuple[str, ...],
 ) -> dict[str, Any]:
   """One level of `update_buffers`; `observed` is at the same place of the other tree."""
@@ -166,7 +186,7 @@ def _update_level(
     if isinstance(value, Mapping):
       updated[name] = _update_level(value, seen.get(name), update, address)
     elif name == BIAS:
-      updated[name] = update(value, _load_beside(value, seen, address))
+      updated[name] = update(value, _load_beside(value, seen, address), allowed=seen.get(ALLOWED))
     else:
       updated[name] = value
   return updated

@@ -22,7 +22,7 @@ class Rules:
   Linen's own table silently replicates a misspelt axis and silently drops the second of two
   colliding ones; this one raises. Activations: batch, seq, act_* and cache_length. Weights: the
   rest; `expert_embed` and `expert_mlp` are the axes of expert weights, which shard otherwise than
-  dense ones.
+  dense ones, and `routed` counts experts where a router scores them, all of them for every token.
   """
 
   batch: MeshAxes = ()
@@ -40,6 +40,7 @@ class Rules:
   expert: MeshAxes = ()
   expert_embed: MeshAxes = ()
   expert_mlp: MeshAxes = ()
+  routed: MeshAxes = ()
   lanes: MeshAxes = ()
   layers: MeshAxes = ()
   stage: MeshAxes = ()

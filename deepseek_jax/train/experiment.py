@@ -149,7 +149,7 @@ class Experiment:
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices) + self._check_dispatch(devices)
       errors += self._check_placement(devices)
-    return errors + self._check_tables() + self._check_images()
+    return errors + self._check_tables() + self._check_experts() + self._check_images()
 
   def _check_tables(self) -> list[str]:
     """Tables of hash routers are there and fit the vocabulary."""
@@ -161,6 +161,22 @@ class Experiment:
           f'model: feed_forward.router Hash: {message}'
           for message in feed_forward.router.check_model(*sizes)
         ]
+    return errors
+
+  def _check_experts(self) -> list[str]:
+    """Experts grow within the run, and what a breaker cannot save is skipped."""
+    errors = []
+    kinds = dict.fromkeys(block.feed_forward for block in self.model.layers())
+    for moe in (kind for kind in kinds if isinstance(kind, MoE)):
+      if moe.breaker is not None and self.guard is None:
+        errors.append(
+          'feed_forward.breaker counts on a guard to skip the step of a fault; guard is None'
+        )
+      if moe.growth is not None:
+        try:
+          moe.growth.stages(moe.experts, moe.top_k, self.train_steps)
+        except ConfigError as error:
+          errors += [f'feed_forward.growth: {message}' for message in error.messages]
     return errors
 
   def _check_dispatch(self, devices: int) -> list[str]:

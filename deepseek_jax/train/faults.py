@@ -1,4 +1,4 @@
-"""The host's side of the guard: skipped steps are written out; too many of them end the run."""
+"""The host's side of the guard: what is skipped is written out; too much of it ends the run."""
 
 from typing import Any
 
@@ -7,7 +7,9 @@ import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Rows
+from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.display import Display
+from deepseek_jax.train.expert_log import ExpertLog
 from deepseek_jax.train.guard import KINDS, NONFINITE_GRADIENT, NONFINITE_LOSS, OVERFLOW
 from deepseek_jax.train.metrics import JsonLines
 
@@ -18,17 +20,29 @@ class SkippedStepsError(ConfigError):
   """Too many steps in a row were skipped; what was trained before them is saved."""
 
 
+class NoExpertsError(ConfigError):
+  """Every expert of a layer is out of use; there is none to make another of."""
+
+
 class FaultLog:
   """Reads of every finished step whether it was skipped; writes `faults.jsonl`.
 
   Attributes:
     rows: the file, one JSON object a skipped step.
     stop_after: skipped steps in a row that are too many, or None.
-    exhausted: whether the run is to stop: at some step there were `stop_after` in a row.
+    exhausted: whether the run is to stop: at some step there were `stop_after` in a row, or a layer
+      had no expert left.
     last: message of the newest fault, or None.
   """
 
-  def __init__(self, rows: JsonLines, split: Rows, display: Display, stop_after: int | None):
+  def __init__(
+    self,
+    rows: JsonLines,
+    split: Rows,
+    display: Display,
+    stop_after: int | None,
+    segments: tuple[Segment, ...],
+  ):
     """Remembers where to write.
 
     Args:
@@ -36,9 +50,11 @@ class FaultLog:
       split: the training text, which knows the documents' names.
       display: shows a line for each fault.
       stop_after: skipped steps in a row that are too many, or None.
+      segments: the plan of the stack, which knows the layers of experts.
     """
     self.rows, self.stop_after = rows, stop_after
     self._split, self._display = split, display
+    self._experts = ExpertLog(rows, display, segments)
     self.exhausted = False
     self.last: str | None = None
 
@@ -52,6 +68,8 @@ class FaultLog:
       metrics: what the step returned.
       documents: [B, T] int32 document of every token; -1 is padding.
     """
+    self._experts.read(step, metrics)
+    self.exhausted |= self._experts.exhausted
     report = metrics.pop('guard', None)
     if report is None or not (fault := int(report['fault'])):
       return
@@ -67,12 +85,21 @@ class FaultLog:
     shown = ', '.join(titles[:_SHOWN_TITLES]) + (' …' if len(titles) > _SHOWN_TITLES else '')
     self._display.message(f'step {step} skipped: {self.last} (documents: {shown})')
 
-  def error(self, saved: int) -> SkippedStepsError:
+  def error(self, saved: int) -> ConfigError:
     """Returns the error that ends the run.
 
     Args:
       saved: the step whose checkpoint was written.
     """
+    if self._experts.exhausted:
+      return NoExpertsError(
+        [
+          f'stopped: a layer has no expert in use any more; the newest: {self._experts.last}',
+          f'step {saved} is saved; no weights of the layer are left to go on with: begin again at '
+          'an earlier step, with a lower optimizer.peak_lr if it diverged',
+          f'{self.rows.path} names every expert that was opened',
+        ]
+      )
     return SkippedStepsError(
       [
         f'stopped: {self.stop_after} steps in a row were skipped (guard.stop_after); the newest: '

@@ -94,6 +94,7 @@ def train(
     DiskFullError: there is no room for the run's first state, or none for several in a row.
     StoppedEarlyError: a signal came before the first new step; there was nothing to save.
     SkippedStepsError: the guard skipped too many steps in a row; the last good state is saved.
+    NoExpertsError: a layer has no expert left in use; the state is saved.
   """
   program = build_program(experiment)
   checkpoints = Checkpoints(workdir.checkpoints, experiment.cadence.keep, 'bits_per_byte')
@@ -119,9 +120,10 @@ def train(
     prepare = lambda: _prepare(program, checkpoints, start, origin)  # noqa: E731
     step, state, peak = in_background(prepare, stop)
     data_spec = experiment.data
+    segments = plan_segments(experiment.model, experiment.remat)
     run = _Run(
       experiment=experiment,
-      segments=plan_segments(experiment.model, experiment.remat),
+      segments=segments,
       program=program,
       data=data,
       workdir=workdir,
@@ -131,6 +133,7 @@ def train(
         data.train,
         display,
         None if experiment.guard is None else experiment.guard.stop_after,
+        segments,
       ),
       saver=saver,
       clock=Clock(data_spec.batch_size * data_spec.length),
@@ -239,7 +242,7 @@ def _place(run: _Run, state: TrainState, step: int) -> TrainState:
 
 
 def _stop_skipping(run: _Run, state: TrainState, step: int) -> None:
-  """Saves the state, which is that of the last accepted step, and raises."""
+  """Saves the state, whose weights are those of the last accepted step, and raises."""
   # Whoever goes on has every chance again.
   fresh = jax.device_put(jnp.int32(0), state.guard.in_a_row.sharding)
   guard = dataclasses.replace(state.guard, in_a_row=fresh)
@@ -277,7 +280,8 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   observed = metrics.pop('observed')
   loads = report.layer_loads(observed, run.segments)
   drops = report.drop_rates(observed, run.segments)
-  biases = report.layer_biases(metrics.pop('bias'), run.segments)
+  buffers = metrics.pop('bias')
+  biases = report.layer_biases(buffers, run.segments)
   row = {name: float(value) for name, value in metrics.items()}
   row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
   rate = run.clock.tokens_per_second
@@ -287,7 +291,11 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
     row['seconds_left'] = run.clock.seconds_left(run.experiment.train_steps) or 0.0
   row['elapsed_seconds'] = time.perf_counter() - run.started
   row['peak_memory_bytes'] = peak_memory_bytes()
-  return {**row, **report.expert_figures(loads, biases, drops)}
+  return {
+    **row,
+    **report.expert_figures(loads, biases, drops),
+    **report.lifecycle_figures(buffers, run.segments),
+  }
 
 
 def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation:

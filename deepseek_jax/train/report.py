@@ -6,8 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.tree import flatten
+from deepseek_jax.layers.moe import breaker, growth
 from deepseek_jax.models.decoder import canonical
 from deepseek_jax.models.plan import Segment
+from deepseek_jax.ops.breaker import OPEN
 from deepseek_jax.optim.balance import dead_fraction, load_entropy, max_violation
 
 
@@ -72,6 +74,27 @@ def expert_figures(
     figures['bias_norm'] = [round(float(np.linalg.norm(bias)), 6) for bias in biases.values()]
   if drops:
     figures['drop_rate'] = [round(rate, 6) for rate in drops.values()]
+  return figures
+
+
+def lifecycle_figures(buffers: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, Any]:
+  """Returns what a log says of experts that come and go, lists with one entry a layer.
+
+  Args:
+    buffers: of the state, as NumPy arrays.
+    segments: the plan of the stack.
+
+  Returns:
+    `active_experts` and `active_choices` where layers grow, `open_experts` (out of use) where they
+    have a breaker.
+  """
+  figures: dict[str, list[float]] = {}
+  for address, leaf in flatten(canonical(buffers, segments)).items():
+    name = address.rsplit('/', 1)[-1]
+    if name in (growth.ACTIVE, growth.CHOICES):
+      figures.setdefault(name, []).append(float(leaf))
+    elif name == breaker.STATE:
+      figures.setdefault('open_experts', []).append(float(np.sum(np.asarray(leaf) == OPEN)))
   return figures
 
 

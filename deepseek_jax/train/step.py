@@ -17,6 +17,7 @@ from deepseek_jax.optim.balance import update_buffers
 from deepseek_jax.sharding.mesh import make_mesh
 from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings, tree_specs
 from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.expert_lifecycle import make_lifecycle, split_taps, with_taps
 from deepseek_jax.train.guard import fresh_guard, make_settle
 from deepseek_jax.train.objective import (
   batch_context,
@@ -106,7 +107,8 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
 
   def step(state: TrainState, batch: Batch, values: Traced) -> tuple[TrainState, Metrics]:
     run = with_traced(experiment, values)
-    return make_step(run, decoder, run.optimizer.build(schedule, axes['params']))(state, batch)
+    optimizer = run.optimizer.build(schedule, axes['params'])
+    return make_step(run, decoder, optimizer, axes['params'])(state, batch)
 
   evaluate = make_evaluate(experiment, decoder)
   return Program(
@@ -206,53 +208,31 @@ def make_init(
 
 
 def make_step(
-  experiment: Experiment, decoder: Decoder, optimizer: optax.GradientTransformation
+  experiment: Experiment, decoder: Decoder, optimizer: optax.GradientTransformation, axes: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-  """Returns the pure training step, not yet jitted; `experiment` may hold tracers: see `traced`."""
-  total_steps = experiment.train_steps
-  depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
-  mtp_weight = experiment.objective.build(total_steps)
-  factor = experiment.schedule.build(total_steps)
+  """Returns the pure training step, not yet jitted; `experiment` may hold tracers: see `traced`.
+
+  Args:
+    experiment: the run.
+    decoder: the model.
+    optimizer: built for the run.
+    axes: logical axis names of every parameter.
+  """
+  factor = experiment.schedule.build(experiment.train_steps)
+  gradients = make_gradients(experiment, decoder)
   update = make_update(experiment, optimizer)
   settle = make_settle(experiment.guard, experiment.precision)
-
-  def gradients(state: TrainState, batch: Batch, scale: Any) -> tuple[Any, Metrics, Any]:
-    totals = batch_totals(batch, depth)
-    weight = mtp_weight(state.step)
-    noise = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
-
-    def loss(params: Any, part: Batch, key: jax.Array):
-      context = batch_context(part, experiment.rules, state.step, key)
-      variables = {'params': params, 'buffers': state.buffers}
-      chunk = experiment.objective.chunk
-      return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
-
-    differentiate = jax.grad(loss, has_aux=True)
-    if experiment.microbatches == 1:
-      grads, (scalars, observed) = differentiate(state.params, batch, noise)
-      return grads, scalars, observed
-
-    def accumulate(sums: Any, given: tuple[Batch, jax.Array]):
-      grads, (scalars, observed) = differentiate(state.params, *given)
-      return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
-
-    parts = (
-      split_rows(batch, experiment.microbatches),
-      jax.random.split(noise, experiment.microbatches),
-    )
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(differentiate, state.params, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-    return jax.lax.scan(accumulate, zeros, parts)[0]
+  advance = make_lifecycle(experiment, axes)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     scale = None if experiment.precision.scaling is None else state.guard.scaling.scale
-    grads, scalars, observed = gradients(state, batch, scale)
+    (grads, faults), scalars, observed = gradients(state, batch, scale)
     if scale is not None:
       grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
     norm = optax.tree.norm(grads)
     proposed = update(state, grads, observed)
     settled, report = settle(state, proposed, scalars, norm)
+    settled, events = advance(state, settled, observed, faults)
     metrics = {
       **scalars,
       'grad_norm': norm,
@@ -261,10 +241,54 @@ def make_step(
       'observed': observed,
       'bias': settled.buffers,
       **report,
+      **events,
     }
     return dataclasses.replace(settled, step=state.step + 1), metrics
 
   return step
+
+
+def make_gradients(experiment: Experiment, decoder: Decoder) -> Callable[..., Any]:
+  """Returns the function that differentiates the loss of a batch, microbatch by microbatch.
+
+  Returns:
+    `(state, batch, scale) -> (gradients, scalars, observed)`, summed over microbatches. The
+    gradients are a pair: of the parameters, and of what `split_taps` finds among the buffers.
+  """
+  depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
+  mtp_weight = experiment.objective.build(experiment.train_steps)
+
+  def gradients(state: TrainState, batch: Batch, scale: Any) -> tuple[Any, Metrics, Any]:
+    totals = batch_totals(batch, depth)
+    weight = mtp_weight(state.step)
+    noise = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
+
+    def loss(params: Any, taps: Any, part: Batch, key: jax.Array):
+      context = batch_context(part, experiment.rules, state.step, key)
+      variables = {'params': params, 'buffers': with_taps(state.buffers, taps)}
+      chunk = experiment.objective.chunk
+      return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
+
+    differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)
+    taps = split_taps(state.buffers)
+    if experiment.microbatches == 1:
+      grads, (scalars, observed) = differentiate(state.params, taps, batch, noise)
+      return grads, scalars, observed
+
+    def accumulate(sums: Any, given: tuple[Batch, jax.Array]):
+      grads, (scalars, observed) = differentiate(state.params, taps, *given)
+      return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
+
+    parts = (
+      split_rows(batch, experiment.microbatches),
+      jax.random.split(noise, experiment.microbatches),
+    )
+    first = jax.tree.map(lambda x: x[0], parts)
+    shapes = jax.eval_shape(differentiate, state.params, taps, *first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
+    return jax.lax.scan(accumulate, zeros, parts)[0]
+
+  return gradients
 
 
 def make_update(

@@ -168,3 +168,18 @@ def test_rate_follows_its_schedule():
   np.testing.assert_allclose(SignBias().build(10)(3), 1e-3)
   with pytest.raises(ConfigError, match=r'SignBias.rate: found -1.0'):
     SignBias(rate=-1.0)
+
+
+@pytest.mark.parametrize('rule', [SignBias(rate=0.5), ProportionalBias(rate=0.5)])
+def test_experts_that_may_not_be_chosen_are_left_alone(rule):
+  """Those that may move as if there were no others."""
+  load, bias = jnp.float32([3, 0, 9, 0, 6, 2]), jnp.arange(6, dtype=jnp.float32)
+  allowed = jnp.float32([2, 0, 2, 0, 2, 2])
+  new = update_bias(bias, load, 0.5, rule.direction, allowed)
+  kept = np.array([0, 2, 4, 5])
+  alone = update_bias(bias[kept], load[kept], 0.5, rule.direction)
+  np.testing.assert_array_equal(new[kept], alone)
+  np.testing.assert_array_equal(new[np.array([1, 3])], [1, 3])
+  seen = {'router': {'load': load, 'allowed': allowed}}
+  moved = update_buffers({'router': {'selection_bias': bias}}, seen, 0.5, rule.direction)
+  np.testing.assert_array_equal(moved['router']['selection_bias'], new)

@@ -1,10 +1,12 @@
 """The mixture-of-experts layer."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
@@ -18,11 +20,14 @@ from deepseek_jax.layers.moe.balance import (
   SequenceBalance,
   Several,
 )
+from deepseek_jax.layers.moe.breaker import Breaker
 from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.experts import Separate, SharedFactor
+from deepseek_jax.layers.moe.growth import Growth
+from deepseek_jax.layers.moe.interface import Assignment, Limits
 from deepseek_jax.layers.moe.placement import Replicas
 from deepseek_jax.layers.moe.router.balanced import Balanced
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
@@ -32,6 +37,8 @@ from deepseek_jax.layers.moe.router.softmax import Softmax
 from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
 from deepseek_jax.layers.moe.z_loss import ZLoss
 from deepseek_jax.layers.weights import add_loss, observe
+from deepseek_jax.ops.breaker import output_faults, watch_output
+from deepseek_jax.ops.experts import ExpertWeights
 from deepseek_jax.ops.routing import expert_load
 
 
@@ -50,6 +57,8 @@ class MoE:
     dispatch: how tokens reach their experts.
     form: what the experts' matrices are made of.
     placement: how experts lie in more slots than there are experts; None is each in its own.
+    growth: how experts or choices become more during training; None is all from the start.
+    breaker: what becomes of experts that are not finite; None leaves that to the guard of the run.
 
   Source: DeepSeekMoE, arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
   """
@@ -72,6 +81,8 @@ class MoE:
   dispatch: Local | Capacity | AllToAll | AllGather = Local()
   form: Separate | SharedFactor = Separate()
   placement: Replicas | None = None
+  growth: Growth | None = None
+  breaker: Breaker | None = None
 
   def __post_init__(self):
     errors = [
@@ -86,6 +97,8 @@ class MoE:
       for name in ('balance', 'placement'):
         if (part := getattr(self, name)) is not None:
           errors += [f'{name}: {message}' for message in part.check(self.experts)]
+      if self.growth is not None:
+        errors += [f'growth: {text}' for text in self.growth.check(self.experts, self.top_k)]
     if errors:
       raise ConfigError(errors)
 
@@ -114,13 +127,27 @@ class MoEFeedForward(nn.Module):
   def __call__(self, x: jax.Array, context: Context, cache: Any = None) -> Any:
     """Applies the layer to `x` [B, T, D]; with a cache, returns it beside the result."""
     c, (batch, length, width) = self.config, x.shape
+    tokens = x.reshape(batch * length, width)
+    matrices = c.form.matrices(self, c.experts, width, c.hidden, x.dtype)
+    limits = None if c.growth is None else c.growth.limits(self, c.experts, c.top_k)
+    if c.breaker is not None:
+      matrices, usable, broken, signal = c.breaker.inspect(self, matrices, length == 1)
+      grown = Limits() if limits is None else limits
+      allowed = usable if grown.allowed is None else usable & grown.allowed
+      limits = Limits(allowed=allowed, top_k=grown.top_k)
     with jax.named_scope('router'):
       memory = {} if cache is None else {'cache': cache}
-      assignment = c.router.build(c.experts, c.top_k, name='router')(x, context, **memory)
+      # Routers that know no limits are given none.
+      limited = {} if limits is None else {'limits': limits}
+      router = c.router.build(c.experts, c.top_k, name='router')
+      assignment = router(x, context, **limited, **memory)
       written, assignment = assignment.cache, assignment.replace(cache=None)
       load = expert_load(assignment.experts, context.real.reshape(-1), c.experts)
       # Under the router's name, so that the load lies where the router keeps its bias.
-      observe(self, 'router', {'load': load})
+      facts = {'load': load}
+      if limits is not None and limits.allowed is not None:
+        facts['allowed'] = limits.allowed.astype(jnp.float32)
+      observe(self, 'router', facts)
       if c.balance is not None:
         scores = assignment.scores.reshape(batch, length, c.experts)
         experts = assignment.experts.reshape(batch, length, c.top_k)
@@ -130,15 +157,41 @@ class MoEFeedForward(nn.Module):
           raise ConfigError(f'z_loss: the router {type(c.router).__name__} has no logits')
         logits = assignment.logits.reshape(batch, length, c.experts)
         add_loss(self, 'z_loss', c.z_loss(logits, context.real))
-    tokens = x.reshape(batch * length, width)
-    matrices = c.form.matrices(self, c.experts, width, c.hidden, x.dtype)
     placed = None if c.placement is None else c.placement.around(c.dispatch, self, c.experts)
     dispatch = placed or c.dispatch
     routed, facts = dispatch(tokens, assignment, matrices, context)
     for name, fact in facts.items():
       observe(self, name, fact)
+    if c.breaker is not None:
+      routed = watch_output(routed, signal)
+      self._report_faults(dispatch, broken, tokens, assignment, matrices, routed, context)
     routed = routed.reshape(x.shape)
     if c.shared is not None:
       shared = SwiGLU(hidden=c.shared * c.hidden).build('shared')
       routed += shared(x, context)
     return routed if cache is None else (routed, written)
+
+  def _report_faults(
+    self,
+    dispatch: Callable[..., Any],
+    broken: jax.Array,
+    tokens: jax.Array,
+    assignment: Assignment,
+    matrices: ExpertWeights,
+    routed: jax.Array,
+    context: Context,
+  ) -> None:
+    """Reports `breaker/weights` and `breaker/output` [E], where anybody asks."""
+    if not self.is_mutable_collection('observed') or self.is_initializing():
+      return
+    # Experts are asked one by one; none of it is differentiated.
+    tokens, assignment, matrices, routed = jax.lax.stop_gradient(
+      (tokens, assignment, matrices, routed)
+    )
+
+    def run(experts: jax.Array, weights: jax.Array) -> jax.Array:
+      alone = Assignment(experts=experts, weights=weights, scores=assignment.scores)
+      return dispatch(tokens, alone, matrices, context)[0]
+
+    found = output_faults(run, tokens, routed, assignment.experts, self.config.experts)
+    observe(self, 'breaker', {'weights': broken.astype(jnp.float32), 'output': found})

@@ -77,7 +77,7 @@ class ExpertAttentionRouter(nn.Module):
     width = x.shape[-1]
     query = weight(self, 'query', (2 * width, c.dim), ('embed', None), dtype=float32)
     key = weight(self, 'key', (c.dim, c.dim), (None, None), dtype=float32)
-    embedding = table(self, 'embedding', (self.experts, c.dim), (None, None), std=1.0)
+    embedding = table(self, 'embedding', (self.experts, c.dim), ('routed', None), std=1.0)
     keys = embedding @ key
     remembered = []
 

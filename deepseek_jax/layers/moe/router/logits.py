@@ -21,7 +21,7 @@ def expert_logits(
   """
 
   def multiply(x: jax.Array) -> jax.Array:
-    w = weight(module, 'weight', (x.shape[-1], experts), ('embed', None), dtype=jnp.float32)
+    w = weight(module, 'weight', (x.shape[-1], experts), ('embed', 'routed'), dtype=jnp.float32)
     return jnp.einsum('btd,de->bte', x, w)
 
   return limited_logits(module, x, noise, limits, multiply)
