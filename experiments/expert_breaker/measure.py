@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from deepseek_jax.layers.moe.breaker import Breaker
 from matplotlib.figure import Figure
 
 from deepseek_jax.core.override import override
 from deepseek_jax.hub import CACHE_DIR
+from deepseek_jax.layers.moe.breaker import Breaker
 from deepseek_jax.models.decoder import canonical, grouped, plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.evaluate import evaluate

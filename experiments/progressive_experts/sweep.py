@@ -3,10 +3,9 @@
 python scripts/sweep.py --experiment=experiments/progressive_experts/sweep.py --output=runs/growing
 """
 
-from deepseek_jax.layers.moe.growth import Growth
-
 from deepseek_jax.core.override import override
 from deepseek_jax.core.sweep import Sweep, chain, product, seeds
+from deepseek_jax.layers.moe.growth import Growth
 from deepseek_jax.train.experiment import Experiment
 from experiments.balance_kinds import sweep as balance_kinds
 
