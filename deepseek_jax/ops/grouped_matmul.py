@@ -19,8 +19,8 @@ def grouped_matmul(tokens: jax.Array, weights: jax.Array, sizes: jax.Array) -> j
   """Multiplies the rows of each expert with its matrix; sums are float32.
 
   Each platform has its own form: blocks in a loop on a CPU, Pallas kernels on a TPU,
-  `jax.lax.ragged_dot` elsewhere; and on a TPU where the compiler is left to partition the arrays,
-  which it cannot do to a kernel.
+  `jax.lax.ragged_dot` elsewhere; and on a TPU in float16, or where the compiler is left to
+  partition the arrays, which it cannot do to a kernel.
 
   Args:
     tokens: [N, D] rows, one expert's after the other's.
@@ -120,7 +120,7 @@ def grouped_products(
       lax.ragged_dot(tokens, jnp.swapaxes(w, 1, 2) if transposed else w, sizes) for w in weights
     )
 
-  forms = {'cpu': cpu, 'tpu': tpu} if _unpartitioned() else {'cpu': cpu}
+  forms = {'cpu': cpu, 'tpu': tpu} if _kernel_fits(tokens) else {'cpu': cpu}
   return lax.platform_dependent(tokens, sizes, *weights, **forms, default=ragged)
 
 
@@ -141,13 +141,17 @@ def grouped_weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Arra
     rhs_group_dimensions=[],
   )
   forms = {'cpu': grouped_cpu.weight_gradient}
-  if _unpartitioned():
+  if _kernel_fits(tokens):
     forms['tpu'] = grouped_tpu.weight_gradient
   ragged = functools.partial(lax.ragged_dot_general, ragged_dot_dimension_numbers=rows)
   return lax.platform_dependent(tokens, grads, sizes, **forms, default=ragged)
 
 
-def _unpartitioned() -> bool:
-  """Whether the arrays here are whole: on one device, or inside of `shard_map` over all axes."""
+def _kernel_fits(tokens: jax.Array) -> bool:
+  """Whether a TPU's kernel takes these rows: of its dtypes, and whole here.
+
+  They are whole on one device, or inside of `shard_map` over all axes.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  return all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)
+  whole = all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)
+  return whole and tokens.dtype in (jnp.bfloat16, jnp.float32)

@@ -181,3 +181,14 @@ def test_tpu_compiles(chip, case, monkeypatch):
   text = jax.jit(step).lower(*arguments).compile().as_text()
   # Gate and up, down; and in the gradient each again for rows and for matrices.
   assert text.count('custom_call_target="tpu_custom_call"') == 9
+
+
+def test_float16_has_no_kernel():
+  """A TPU's kernel does not know it; whatever platform runs in the end, all forms are traced."""
+  arguments = [
+    jax.ShapeDtypeStruct(x.shape, jnp.float16 if x.dtype == jnp.bfloat16 else x.dtype)
+    for x in shapes(64, 4, D, F)
+  ]
+  text = jax.jit(step).trace(*arguments).lower(lowering_platforms=('tpu',)).as_text()
+  assert 'ragged_dot' in text
+  assert 'tpu_custom_call' not in text
