@@ -61,7 +61,7 @@ def test_values_are_those_of_the_config():
   assert tiny_mla.get_config().balance.rate != 0.5
   assert set(values) <= {'seed', *PARTS}
   without = dataclasses.replace(experiment, balance=None, optimizer=Muon(peak_lr=1e-3))
-  assert set(traced_values(without)) == {'optimizer', 'objective'}
+  assert set(traced_values(without)) == {'seed', 'optimizer', 'objective'}
 
 
 def test_a_step_by_the_values_it_is_given():
