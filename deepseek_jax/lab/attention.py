@@ -13,10 +13,16 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.hub import Pretrained
 from deepseek_jax.lab.picture import Picture, label_pieces
 from deepseek_jax.lab.walk import Call, passage, walk
+from deepseek_jax.layers.attention.chosen import Chosen, ChosenAttention
 from deepseek_jax.layers.attention.latent import LatentAttention
-from deepseek_jax.ops.attention.reference import MASKED
+from deepseek_jax.layers.attention.mha import HeadAttention
+from deepseek_jax.ops.attention.divergence import membership
+from deepseek_jax.ops.attention.reference import MASKED, visible, window_mask
 
 _MIX = inspect.signature(LatentAttention.mix)
+_MIX_SEEN = inspect.signature(LatentAttention.mix_seen)
+_MIX_CHOSEN = inspect.signature(ChosenAttention.mix_chosen)
+_ATTEND = inspect.signature(HeadAttention.attend)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,9 +65,10 @@ class AttentionMaps:
 def attention_maps(model: Pretrained, prompt: str | Sequence[int]) -> AttentionMaps:
   """Reads a text and returns what every head of every layer attends to.
 
-  The model itself keeps no such weights: for the kinds that derive from `LatentAttention` they are
-  made again from the queries, keys and mask that its `mix` is given. A kind of another make shows
-  its own if its module computes them in a method called `weigh` that returns [B, H, T, S].
+  The model itself keeps no such weights: for the kinds that derive from `LatentAttention` or
+  `HeadAttention` they are made again from what its `mix`, `mix_seen` or `attend` is given. A kind
+  of another make shows its own if its module computes them in a method called `weigh` that returns
+  [B, H, T, S].
 
   Args:
     model: the model.
@@ -80,8 +87,8 @@ def attention_maps(model: Pretrained, prompt: str | Sequence[int]) -> AttentionM
       kind = type(blocks[visit.layer].attention).__name__
       raise ConfigError(
         f'layer {visit.layer}: {kind} gives {len(visit.seen)} maps of attention, expected 1; let '
-        'its module derive from LatentAttention, or compute the weights [B, H, T, S] in a method '
-        '`weigh`'
+        'its module derive from LatentAttention or HeadAttention, or compute the weights '
+        '[B, H, T, S] in a method `weigh`'
       )
     weights.append(np.asarray(visit.seen[0][0]))
   return AttentionMaps(pieces=text.pieces, weights=tuple(weights))
@@ -91,10 +98,52 @@ def read_weights(call: Call) -> jax.Array | None:
   """Returns the softmax weights [B, H, T, S] of a call that mixes tokens, None of any other."""
   if call.method == 'weigh':
     return call.result
-  if call.method != 'mix' or not isinstance(call.module, LatentAttention):
+  module = call.module
+  if isinstance(module, HeadAttention) and call.method == 'attend':
+    given = _ATTEND.bind(module, *call.arguments, **call.options).arguments
+    return head_weights(given['query'], given['key'], visible(*given['seen']))
+  if isinstance(module, ChosenAttention) and call.method == 'mix_chosen':
+    given = _MIX_CHOSEN.bind(module, *call.arguments, **call.options).arguments
+    query = given['query'].make(module.config)
+    mask = chosen_mask(given['chosen'], query[0].shape[1], given['key'][0].shape[1])
+    bias = given.get('bias')
+    bias = None if bias is None else jnp.broadcast_to(bias[:, None, :], mask.shape)
+    return latent_weights(module, query, given['key'], mask, bias)
+  if not isinstance(module, LatentAttention):
     return None
-  given = _MIX.bind(call.module, *call.arguments, **call.options).arguments
-  return latent_weights(call.module, given['query'], given['key'], given['mask'], given.get('bias'))
+  if call.method == 'mix_seen':
+    given = _MIX_SEEN.bind(module, *call.arguments, **call.options).arguments
+    seen, window = given['seen'], given.get('window')
+    mask = visible(*seen)
+    if window is not None:
+      mask &= window_mask(seen.query_positions, seen.key_positions, *window)
+    return latent_weights(module, given['query'], given['key'], mask, None)
+  if call.method == 'mix':
+    given = _MIX.bind(module, *call.arguments, **call.options).arguments
+    bias = given.get('bias')
+    return latent_weights(module, given['query'], given['key'], given['mask'], bias)
+  return None
+
+
+def head_weights(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns the softmax weights [B, H, T, S] float32 of multi-head attention.
+
+  Args:
+    query: [B, T, H, K].
+    key: [B, S, G, K]; G divides H.
+    mask: [B, T, S] bool.
+  """
+  key = jnp.repeat(key.astype(jnp.float32), query.shape[2] // key.shape[2], axis=2)
+  scores = jnp.einsum('bthk,bshk->bhts', query.astype(jnp.float32), key)
+  scores *= query.shape[-1] ** -0.5
+  return jax.nn.softmax(jnp.where(mask[:, None], scores, MASKED), axis=-1)
+
+
+def chosen_mask(chosen: Chosen, queries: int, keys: int) -> jax.Array:
+  """Returns who sees whom, [B, T, S] bool, where every block of queries has chosen its keys."""
+  lists = [jnp.repeat(membership(x, keys), chosen.block, axis=1) for x in chosen.indices]
+  mask = jnp.concatenate(lists, axis=1)[:, :queries]
+  return mask if chosen.seen is None else mask & visible(*chosen.seen)
 
 
 def latent_weights(

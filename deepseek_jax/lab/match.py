@@ -9,17 +9,16 @@ import pathlib
 import statistics
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.describe import duration, si, table
-from deepseek_jax.models.cost import active_parameters, active_share, making_flops, training_flops
+from deepseek_jax.models.cost import active_parameters
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program
-from deepseek_jax.train.summary import experiment_weights
+from deepseek_jax.train.summary import experiment_weights, step_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +95,10 @@ class FlopsPerToken:
 
   def measure(self, programs: Mapping[str, Program], cache_dir: pathlib.Path) -> dict[str, float]:
     """Counts, for each variant, the FLOPs of a step."""
-    return {name: step_flops(program) for name, program in programs.items()}
+    return {
+      name: float(np.mean(step_flops(program.experiment, experiment_weights(program))))
+      for name, program in programs.items()
+    }
 
   def steps(self, experiment: Experiment, cost: float, reference: Matched) -> int:
     """Returns as many steps as the reference's run pays for."""
@@ -239,15 +241,3 @@ def _paid_steps(cost: float, reference: Matched) -> int:
       f'{reference.asked_steps}'
     )
   return steps
-
-
-def step_flops(program: Program) -> float:
-  """Returns the training FLOPs of a step, pictures included: the mean one, where layers grow."""
-  data: Any = program.experiment.data
-  pictures = 0 if data.image_shape is None else data.image_shape[0]
-  weights = experiment_weights(program)
-  model = program.experiment.model
-  token = training_flops(model, weights, data.length, pictures)
-  making = 3.0 * making_flops(model) * program.experiment.microbatches
-  token *= float(np.mean(active_share(model, token / 3, program.experiment.train_steps)))
-  return token * data.length * data.batch_size + making

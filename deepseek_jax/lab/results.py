@@ -31,7 +31,6 @@ import numpy as np
 
 import deepseek_jax
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.lab.match import step_flops
 from deepseek_jax.lab.sweep_file import Planned, Trial, read_plan, status_of, trials_of
 from deepseek_jax.models.cost import active_parameters
 from deepseek_jax.train.faults import SkippedStepsError
@@ -45,7 +44,7 @@ from deepseek_jax.train.history import (
 )
 from deepseek_jax.train.page.curves import smoothed_loss
 from deepseek_jax.train.step import build_program
-from deepseek_jax.train.summary import experiment_weights
+from deepseek_jax.train.summary import experiment_weights, step_flops
 
 NAME = 'results.json'
 POINTS = 120
@@ -190,7 +189,7 @@ def _variant(planned: Planned, runs: Mapping[Trial, History | None], figure: str
     asked_steps=steps if matched is None else matched.asked_steps,
     parameters=sum(weight.size for weight in weights),
     active=active_parameters(weights),
-    flops=step_flops(program) * steps,
+    flops=float(step_flops(experiment, weights).sum()),
     runs={trial.seed: _run(trial, history, figure) for trial, history in runs.items()},
   )
 
@@ -241,7 +240,7 @@ def _figures(history: History) -> dict[str, float]:
   found: dict[str, float] = {}
   if history.evaluations:
     # What was not finite is null in the file.
-    for name in ('loss', 'bits_per_byte', 'mtp_loss', 'mtp_acceptance'):
+    for name in ('loss', 'bits_per_byte', 'accuracy', 'mtp_loss', 'mtp_acceptance'):
       found[name] = float(column(history.evaluations, name)[-1])
   rows = history.rows
   for name, values in (

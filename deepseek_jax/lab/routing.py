@@ -16,6 +16,7 @@ from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.hub import Pretrained
 from deepseek_jax.lab.walk import Call, context_of, walk
 from deepseek_jax.layers.moe.interface import Assignment
+from deepseek_jax.ops.routing import expert_load
 
 DRAWS = 200
 """Made-up batches that the sampling noise is measured on."""
@@ -130,12 +131,11 @@ def _read_choices(call: Call) -> tuple[jax.Array, jax.Array] | None:
   if not isinstance(call.result, Assignment):
     return None
   experts, scores = call.result.experts, call.result.scores
-  real = call.arguments[1].real.reshape(-1, 1)
+  real = call.arguments[1].real.reshape(-1)
   count, top_k = scores.shape[-1], experts.shape[-1]
   wished = jax.lax.top_k(scores, top_k)[1]
-  same = jnp.any(experts[:, :, None] == wished[:, None, :], axis=-1) & real
-  load = jnp.zeros(count, jnp.int32).at[jnp.where(real, experts, count)].add(1, mode='drop')
-  return load, jnp.sum(same)
+  same = jnp.any(experts[:, :, None] == wished[:, None, :], axis=-1) & real[:, None]
+  return expert_load(experts, real, count), jnp.sum(same)
 
 
 def _noise(loads: np.ndarray) -> tuple[float, float]:

@@ -16,6 +16,24 @@ from deepseek_jax.lab.verdict import FIGURES, compare
 
 BEYOND = 10
 """How far beyond the largest run a scaling curve is drawn, in compute."""
+DASHES = ('-', '--', ':', '-.')
+"""What tells curves of one colour apart."""
+MANY = 5
+"""Names that fit among the curves."""
+
+
+def look(number: int) -> tuple[str, str]:
+  """Returns colour and dashes of the curve of variant `number`."""
+  turn, colour = divmod(number, len(COLOURS))
+  return COLOURS[colour], DASHES[turn % len(DASHES)]
+
+
+def explain(figure: Picture, axes: Axes) -> None:
+  """Names the curves: beside them where they are many, or they would be hidden."""
+  if len(axes.get_legend_handles_labels()[1]) > MANY:
+    figure.legend(loc='outside right upper', frameon=False, fontsize=8)
+  else:
+    axes.legend(frameon=False, fontsize=8)
 
 
 def figure_of(width: float = 6.4, height: float = 3.9) -> tuple[Picture, Axes]:
@@ -33,13 +51,13 @@ def draw_curves(results: Results) -> Figure:
   """
   figure, axes = figure_of()
   for number, (name, variant) in enumerate(results.variants.items()):
-    colour = COLOURS[number % len(COLOURS)]
+    colour, dashes = look(number)
     per_step = variant.flops / variant.train_steps
     good = [run.curve for run in variant.runs.values() if run.status == 'finished']
     if good:
       grid = np.linspace(max(c['step'][0] for c in good), min(c['step'][-1] for c in good), 200)
       values = np.stack([np.interp(grid, c['step'], c['value']) for c in good])
-      axes.plot(grid * per_step, values.mean(axis=0), color=colour, label=name, lw=1.4)
+      axes.plot(grid * per_step, values.mean(axis=0), label=name, lw=1.4, color=colour, ls=dashes)
       if len(values) > 1:
         low, high = values.min(axis=0), values.max(axis=0)
         axes.fill_between(grid * per_step, low, high, color=colour, alpha=0.2, lw=0)
@@ -51,7 +69,7 @@ def draw_curves(results: Results) -> Figure:
   axes.set_xlabel('training FLOPs')
   axes.set_ylabel('training loss, nats a token')
   _zoom(axes, results)
-  axes.legend(frameon=False, fontsize=8)
+  explain(figure, axes)
   return figure
 
 
@@ -87,14 +105,14 @@ def draw_gaps(results: Results) -> Figure:
     # Where a curve ends it is smoothed over other steps than one that goes on.
     grid = np.linspace(max(x[0] for x, _ in both), 0.95 * min(x[-1] for x, _ in both), 100)
     gaps = np.stack([np.interp(grid, *curves[s]) - np.interp(grid, *other[s]) for s in shared])
-    colour = COLOURS[number % len(COLOURS)]
-    axes.plot(grid, gaps.mean(axis=0), color=colour, label=name, lw=1.4)
+    colour, dashes = look(number)
+    axes.plot(grid, gaps.mean(axis=0), label=name, lw=1.4, color=colour, ls=dashes)
     if len(gaps) > 1:
       axes.fill_between(grid, gaps.min(axis=0), gaps.max(axis=0), color=colour, alpha=0.2, lw=0)
   axes.axhline(0, color='#222222', lw=0.8)
   axes.set_xlabel('steps, each with the same text')
   axes.set_ylabel(f'training loss, nats a token, less {results.baseline}')
-  axes.legend(frameon=False, fontsize=8)
+  explain(figure, axes)
   return figure
 
 
@@ -151,7 +169,7 @@ def draw_scaling(results: Results) -> Figure:
   axes.set_xscale('log')
   axes.set_xlabel('training FLOPs')
   axes.set_ylabel(FIGURES[results.figure])
-  axes.legend(frameon=False, fontsize=8)
+  explain(figure, axes)
   return figure
 
 
@@ -175,9 +193,20 @@ def _draw_law(axes: Axes, compute: np.ndarray, loss: np.ndarray, colour: str, fa
 
 
 def is_ladder(results: Results) -> bool:
-  """Returns whether variants differ twofold or more in compute: then a scaling curve says more."""
-  flops = [v.flops for v in results.variants.values() if v.finished(results.figure)]
-  return len(flops) > 1 and max(flops) >= 2 * min(flops)
+  """Returns whether some variants are sizes of one thing: then a scaling curve says more.
+
+  That is three sizes or more, each with a quarter more compute than the one before, and the last
+  with at least twice that of the first. Two sizes would give a law through two points.
+  """
+  for names in families(results.baseline, results.variants).values():
+    variants = (results.variants[name] for name in names)
+    rungs: list[float] = []
+    for flops in sorted(v.flops for v in variants if v.finished(results.figure)):
+      if not rungs or flops >= 1.25 * rungs[-1]:
+        rungs.append(flops)
+    if len(rungs) >= 3 and rungs[-1] >= 2 * rungs[0]:
+      return True
+  return False
 
 
 def pictures(results: Results) -> Mapping[str, Figure]:

@@ -22,6 +22,7 @@ FIGURES: Mapping[str, str] = {
   'train_mtp_loss': 'MTP training loss, nats a token',
   'mtp_loss': 'MTP held-out loss, nats a token',
   'mtp_acceptance': 'second token accepted, held-out share',
+  'accuracy': 'held-out targets found likeliest, share',
   'max_violation': 'max violation, highest layer',
   'dead_experts': 'dead experts, share, highest layer',
   'load_entropy': 'entropy of the load, lowest layer',

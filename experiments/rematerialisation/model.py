@@ -18,7 +18,8 @@ from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.objective import batch_context, batch_totals, training_loss
-from deepseek_jax.train.step import OnMesh, Program
+from deepseek_jax.train.on_mesh import OnMesh
+from deepseek_jax.train.step import Program
 
 
 def experiment(

@@ -36,7 +36,7 @@ def base() -> Experiment:
 
 
 def variants() -> Sweep:
-  """Returns the routers, each balanced as in its paper, and one once more without.
+  """Returns the routers, each balanced as in its paper; two once more without, one with a loss.
 
   A bias moves by a hundredth a step where scores are about a half each; the scores of
   ExpertAttention sum to 1 over 16 experts, and its bias moves by an eighth of that.
@@ -51,6 +51,8 @@ def variants() -> Sweep:
       balanced={ROUTER: Balanced()},
       expert_attention={ROUTER: ExpertAttention(), BIAS: SignBias(rate=1.25e-3)},
       expert_attention_free={ROUTER: ExpertAttention()},
+      expert_attention_loss={ROUTER: ExpertAttention(), LOSS: ExpertBalance(weight=1e-2)},
+      sigmoid_free={ROUTER: Sigmoid()},
     ),
     seeds(3),
   )

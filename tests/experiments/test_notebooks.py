@@ -41,7 +41,6 @@ def run(cache_dir, tmp_path, monkeypatch):
   (tmp_path / '.cache').mkdir()
   (tmp_path / '.cache' / 'deepseek_jax').symlink_to(cache_dir)
   monkeypatch.setenv('HOME', str(tmp_path))
-  jax.config.update('jax_disable_most_optimizations', True)
 
   def execute(name: str) -> dict:
     path = FOLDER / f'{name}.py'
@@ -53,8 +52,7 @@ def run(cache_dir, tmp_path, monkeypatch):
     exec(compile(''.join(parts), str(path), 'exec'), module.__dict__)
     return vars(module)
 
-  yield execute
-  jax.config.update('jax_disable_most_optimizations', False)
+  return execute
 
 
 def test_first_look(run, capsys):

@@ -46,14 +46,6 @@ def base():
 """
 
 
-@pytest.fixture
-def compile_quickly():
-  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='session')
 def experiment(tmp_path_factory) -> Experiment:
   """One dense layer, then two layers of experts that share a scan."""
@@ -85,13 +77,9 @@ def trial(cache_dir) -> lab.Trial:
 
   Compiling takes nearly all of the time, and a run that is equal is compiled once.
   """
-  jax.config.update('jax_disable_most_optimizations', True)
   changes = {'model.mtp': None, 'model.depth': 1, 'model.dense_layers': 0}
   short, _ = override(tiny_mla.get_config(), changes)
-  try:
-    return lab.train(short, steps=STEPS, seeds=2, heldout_batches=2, cache_dir=cache_dir)
-  finally:
-    jax.config.update('jax_disable_most_optimizations', False)
+  return lab.train(short, steps=STEPS, seeds=2, heldout_batches=2, cache_dir=cache_dir)
 
 
 @pytest.fixture(scope='session')

@@ -11,20 +11,19 @@ import pytest
 from deepseek_jax import lab
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.lab.walk import passage, walk
-from deepseek_jax.layers.attention.gated import LATER_WINS, Gated
+from deepseek_jax.layers.attention.gated import LATER_WINS, Gated, Share
 from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.mha import MHA
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.models.decoder import canonical, plan_segments
 
-pytestmark = pytest.mark.usefixtures('compile_quickly')
-
 SIZES = {'heads': 2, 'nope_dim': 6, 'rope_dim': 4, 'value_dim': 5, 'latent': 8}
 KINDS = {
   'mla': MLA(**SIZES, query_latent=7),
   'window': Window(**SIZES, size=4, sinks=1),
-  'gated': Gated(**SIZES, keep=0.4),
+  'gated': Gated(**SIZES, keep=Share(share=0.4), block=4, window=1),
 }
 TEXT = 'The number 7.'
 
@@ -75,9 +74,9 @@ def seen_by(config, gate):
     if isinstance(config, Window):
       allowed[t, s] &= t - s < config.size or s < config.sinks
     if isinstance(config, Gated):
-      count = max(int(np.ceil((t + 1) * config.keep - 1e-9)), 1)
-      best = np.sort(ranked[: t + 1])[::-1][count - 1]
-      allowed[t, s] &= ranked[s] >= best or s == t
+      past = max(t // config.block * config.block - config.window, 0)
+      count = int(np.ceil(past * config.keep.share - 1e-9))
+      allowed[t, s] &= s >= past or s in np.argsort(-ranked[:past])[:count]
   return allowed
 
 
@@ -115,6 +114,22 @@ def test_weights_are_those_of_slow_arithmetic(kind):
     bias = -np.log1p(np.exp(-gate)) if isinstance(config, Gated) else gate
     expected = slow_weights(p['attention'], config, x, seen_by(config, gate), bias)
     np.testing.assert_allclose(maps.weights[index], expected, atol=2e-5)
+
+
+def test_multi_head_attention_shows_its_weights(make_model):
+  """Grouped, without rotation, one pair at a time."""
+  config = MHA(heads=4, kv_heads=2, head_dim=6, rope=None)
+  model = make_model(depth=1, dense_layers=1, attention=config)
+  (weights,) = lab.attention_maps(model, TEXT).weights
+  layers = canonical(model.variables['params'], plan_segments(model.experiment.model))['layers']
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), layers['0'])
+  stream = next(walk(model, passage(model, TEXT).context)).stream[0]
+  x = norm_rows(np.asarray(stream, np.float64), p['attention_norm']['scale'])
+  query, key = (np.einsum('td,dhk->thk', x, p['attention'][n]) for n in ('query', 'key'))
+  for h, t in np.ndindex(4, len(x)):
+    scores = np.exp([query[t, h] @ key[s, h // 2] / np.sqrt(6) for s in range(t + 1)])
+    np.testing.assert_allclose(weights[h, t, : t + 1], scores / scores.sum(), atol=2e-5)
+    assert not weights[h, t, t + 1 :].any()
 
 
 class OwnAttention(nn.Module):

@@ -9,8 +9,6 @@ from deepseek_jax.lab.walk import context_of
 from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.train.report import layer_loads
 
-pytestmark = pytest.mark.usefixtures('compile_quickly')
-
 
 @pytest.fixture(scope='module')
 def load(model, packed):

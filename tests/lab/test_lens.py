@@ -7,8 +7,6 @@ from scipy import special
 from deepseek_jax import lab
 from deepseek_jax.models.decoder import canonical, plan_segments
 
-pytestmark = pytest.mark.usefixtures('compile_quickly')
-
 TEXT = 'The number 7'
 
 

@@ -11,8 +11,6 @@ from deepseek_jax import lab
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.lab.routing import LayerRouting, routing, routing_table, unread_batches
 
-pytestmark = pytest.mark.usefixtures('compile_quickly')
-
 
 def without_bias(model):
   zeros = jax.tree.map(lambda x: 0 * x, model.variables['buffers'])

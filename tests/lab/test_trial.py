@@ -12,8 +12,6 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest
 from deepseek_jax.lab.trial import one_device, standard_error
 
-pytestmark = pytest.mark.usefixtures('compile_quickly')
-
 
 def test_a_trial_is_the_run(trial, cache_dir):
   """The first seed gives the very numbers of the program's own step on the run's own batches."""

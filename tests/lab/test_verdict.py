@@ -8,7 +8,7 @@ import pytest
 
 from deepseek_jax.lab.results import Results, Run, VariantResult, read_results, write_results
 from deepseek_jax.lab.sweep_page import sentences, sweep_page
-from deepseek_jax.lab.sweep_pictures import is_ladder, pictures, write_pictures
+from deepseek_jax.lab.sweep_pictures import is_ladder, look, pictures, write_pictures
 from deepseek_jax.lab.verdict import FIGURES, compare, headers, markdown, rows
 
 NOISE = np.random.default_rng(5).normal(0, 0.05, 8)
@@ -160,6 +160,22 @@ def test_groups_are_compared_each_within_itself(results):
   assert [text.get_text().split(':')[0] for text in legend.get_texts()] == ['rule', 'low']
 
 
+def test_curves_can_be_told_apart(results):
+  """Twenty look different; many names stand beside the axes, few among the curves."""
+  assert len({look(number) for number in range(20)}) == 20
+
+  def legends(count):
+    variants = {f'v{n}': results.variants[results.baseline] for n in range(count)}
+    some = dataclasses.replace(results, baseline='v0', variants=variants)
+    picture = pictures(some)['curves']
+    texts = [len(legend.get_texts()) for legend in picture.legends]
+    among = picture.axes[0].get_legend()
+    return texts, among and len(among.get_texts())
+
+  assert legends(3) == ([], 3)
+  assert legends(8) == ([8], None)
+
+
 def test_pictures(results, tmp_path):
   assert set(pictures(results)) == {'curves', 'differences', 'gaps'}
   sizes = {
@@ -170,6 +186,12 @@ def test_pictures(results, tmp_path):
   }
   ladder = dataclasses.replace(results, baseline='size0', variants=sizes)
   assert is_ladder(ladder)
+  # A law through one large variant and many small ones of other kinds would say nothing.
+  close = {
+    name: dataclasses.replace(v, flops=1e10 + n) for n, (name, v) in enumerate(sizes.items())
+  }
+  close['size3'] = dataclasses.replace(close['size3'], flops=3e10)
+  assert not is_ladder(dataclasses.replace(ladder, variants=close))
   files = write_pictures(tmp_path, ladder)
   assert {path.name for path in files} >= {'scaling.svg', 'scaling.png', 'differences.svg'}
   again = [path.read_bytes() for path in files]

@@ -13,8 +13,6 @@ from deepseek_jax.lab.walk import context_of, passage, piece_of, read_out, walk
 from deepseek_jax.layers.context import text_context
 from deepseek_jax.models.remat import SquareRoot
 
-pytestmark = pytest.mark.usefixtures('compile_quickly')
-
 TEXT = 'The number 7'
 
 
