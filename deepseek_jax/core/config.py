@@ -52,3 +52,12 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
       folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.7)
     ]
   return f'; did you mean `{near[0]}`?' if near else ''
+
+
+def wrong_sizes(config: object, names: tuple[str, ...]) -> list[str]:
+  """Returns a message for each of the sizes `names` that is below 1; None is no size."""
+  return [
+    f'`{name}` is {size}; expected 1 or more'
+    for name in names
+    if (size := getattr(config, name)) is not None and size < 1
+  ]

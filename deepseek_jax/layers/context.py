@@ -1,13 +1,32 @@
 """What every layer may need to know about the tokens it is given."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
+from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.sharding.rules import Rules
 
 TEXT, IMAGE = 0, 1
 """What a token of a row is: values of `Context.modality`."""
+
+
+@struct.dataclass
+class Memory:
+  """A second stream that tokens may attend to.
+
+  Attributes:
+    values: [B, S, D] vectors, such as an encoder makes.
+    positions: [B, S] int32 place of each in its segment.
+    segments: [B, S] int32 segment of the row's tokens that may see it; 0 is padding.
+  """
+
+  values: jax.Array
+  positions: jax.Array
+  segments: jax.Array
 
 
 @struct.dataclass
@@ -23,6 +42,7 @@ class Context:
       layers of the stack do not get them.
     placeholders: [B, T] int32 which of the row's picture embeddings stands in the token's place,
       from 0; -1 is a token. None without pictures.
+    memory: a second stream for cross-attention, or None.
     step: scalar int32 training step, or None.
     key: random key of the step's noise, or None. A layer asks for one of its own, of the stream
       `noise`, where there is one.
@@ -35,6 +55,7 @@ class Context:
   modality: jax.Array | None = None
   images: jax.Array | None = None
   placeholders: jax.Array | None = None
+  memory: Memory | None = None
   step: jax.Array | None = None
   key: jax.Array | None = None
   rules: Rules = struct.field(pytree_node=False, default=Rules())
@@ -43,6 +64,17 @@ class Context:
   def real(self) -> jax.Array:
     """[B, T] bool, False on padding."""
     return self.segments > 0
+
+  def own(self) -> Seen:
+    """Says that the tokens see those before them in their own segment."""
+    return Seen(self.positions, self.positions, self.segments, self.segments)
+
+  def slots(self, room: int) -> jax.Array:
+    """Returns the slot of each token in a cache of `room` slots, [B, T]: its position.
+
+    Padding has a slot beyond the end, which no write reaches.
+    """
+    return jnp.where(self.real, self.positions, room)
 
 
 def text_context(tokens: jax.Array, rules: Rules | None = None) -> Context:
@@ -54,3 +86,23 @@ def text_context(tokens: jax.Array, rules: Rules | None = None) -> Context:
     segments=jnp.ones_like(tokens),
     rules=Rules() if rules is None else rules,
   )
+
+
+def packed_context(lengths: Sequence[Sequence[int]], length: int | None = None) -> Context:
+  """Returns the context of rows of packed documents, [B, T] int32, as it would be of real text.
+
+  Args:
+    lengths: of the documents of each row, one after the other; what is left is padding.
+    length: tokens T of a row; None is as many as the longest row has.
+  """
+  length = max(map(sum, lengths)) if length is None else length
+  segments = np.zeros((len(lengths), length), np.int32)
+  positions = np.zeros_like(segments)
+  for row, documents in enumerate(lengths):
+    start = 0
+    for number, size in enumerate(documents, start=1):
+      segments[row, start : start + size] = number
+      positions[row, start : start + size] = np.arange(size)
+      start += size
+  tokens = jnp.asarray(segments)
+  return Context(tokens=tokens, positions=jnp.asarray(positions), segments=tokens)

@@ -15,6 +15,16 @@ class Add:
     """Returns the module."""
     return AddResidual(self, name=name)
 
+  @property
+  def stream_axes(self) -> tuple[str, ...]:
+    """Logical axes of the stream [B, T, D]."""
+    return ('batch', 'seq', 'act_embed')
+
+  def mixing_flops(self, width: int) -> float:
+    """Forward FLOPs a token of one sublayer's reading and writing: an addition is not counted."""
+    del width
+    return 0.0
+
 
 class AddResidual(nn.Module):
   """Reads the whole stream [B, T, D] and adds to it."""

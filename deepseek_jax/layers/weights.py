@@ -3,11 +3,12 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax.typing import DTypeLike
 
@@ -25,6 +26,18 @@ class Labelled(nn.Partitioned[Any]):
   def unbox(self, apply_constraint: bool = True) -> Any:
     """Returns the array [...] as it is."""
     return self.value
+
+
+class Met(NamedTuple):
+  """What one token does with a parameter array, on average.
+
+  Attributes:
+    share: the share of its parameters that the token meets; of experts, those it chose.
+    products: how many times over the token is multiplied with that share.
+  """
+
+  share: float
+  products: float = 1.0
 
 
 def labelled(init: Callable[..., jax.Array], axes: Sequence[str | None]) -> Callable[..., Any]:
@@ -65,6 +78,14 @@ def scale(module: nn.Module, name: str, size: int) -> jax.Array:
   """Declares the scale [size] of a norm, float32, ones at first."""
   init = labelled(nn.initializers.ones, (None,))
   return module.param(name, init, (size,))
+
+
+def vector(
+  module: nn.Module, name: str, value: np.ndarray, axes: Sequence[str | None] = (None,)
+) -> jax.Array:
+  """Declares a float32 array that is no matrix, such as [H], and starts at `value`."""
+  init = labelled(lambda _: jnp.asarray(value, jnp.float32), tuple(axes))
+  return module.param(name, init)
 
 
 def table(

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.core.tree import flatten
-from deepseek_jax.layers.moe.experts import Met
+from deepseek_jax.layers.attention.nsa import NSA
 from deepseek_jax.layers.moe.moe import MoE
-from deepseek_jax.layers.weights import BATCH_AXES
+from deepseek_jax.layers.weights import BATCH_AXES, Met
 from deepseek_jax.models.decoder import Family, plan_segments
 from deepseek_jax.models.encoder import encoder_layers
 from deepseek_jax.models.multimodal import Multimodal
@@ -70,6 +70,10 @@ def weights_of(family: Family, params: Any, axes: Any, remat: Remat | None = Non
 
 def _met(address: str, blocks: Mapping[str, Block]) -> Met:
   """What a token does with a weight of the decoder."""
+  prefix, inside, name = address.rpartition('/attention/')
+  block = blocks.get(f'{prefix}/') if inside else None
+  if block is not None and isinstance(block.attention, NSA):
+    return block.attention.met().get(name, Met(1.0))
   prefix, inside, name = address.rpartition('/feed_forward/')
   block = blocks.get(f'{prefix}/') if inside else None
   if block is None or not isinstance(block.feed_forward, MoE):
@@ -86,8 +90,18 @@ def blocks_by_address(family: Family, remat: Remat | None = None) -> Iterator[tu
   for number, part in enumerate(plan_segments(family, remat)):
     for place, block in enumerate(part.pattern):
       yield f'stack/segment_{number}/block_{place}/', block
-  for depth in range(0 if family.mtp is None else family.mtp.depth):
+  for depth in range(_depth(family)):
     yield f'mtp_{depth}/block/', family.layers()[-1]
+
+
+def _blocks(family: Family) -> list[Block]:
+  """Every layer, and after them the last one again for each MTP depth."""
+  layers = family.layers()
+  return layers + [layers[-1]] * _depth(family)
+
+
+def _depth(family: Family) -> int:
+  return 0 if family.mtp is None else family.mtp.depth
 
 
 def active_parameters(weights: list[Weight]) -> int:
@@ -110,7 +124,7 @@ def picture_flops(family: Family, weights: list[Weight]) -> float:
 
 
 def forward_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
-  """Returns forward FLOPs a token: 2 a parameter it is multiplied with, and attention's mixing.
+  """Returns forward FLOPs a token: 2 a parameter it is multiplied with, and what is mixed.
 
   Attention is counted causally, over segments of `length` tokens: packed documents that are
   shorter cost less than this. The head is counted once more for every MTP depth.
@@ -122,11 +136,11 @@ def forward_flops(family: Family, weights: list[Weight], length: int, pictures: 
     length: tokens in a row.
     pictures: pictures in a row; their encoding is shared out to its tokens.
   """
-  depth = 0 if family.mtp is None else family.mtp.depth
-  layers = family.layers()
-  layers += [layers[-1]] * depth
-  mixing = sum(block.attention.mixing_flops(length) for block in layers)
-  head = family.width * family.vocab * depth
+  mixing = sum(
+    block.attention.mixing_flops(length) + 2 * block.residual.mixing_flops(family.width)
+    for block in _blocks(family)
+  )
+  head = family.width * family.vocab * _depth(family)
   seen = pictures * picture_flops(family, weights) / length
   met = round(
     sum(w.size * w.used * w.products for w in weights if w.is_matrix and w.vectors is None)
@@ -148,12 +162,9 @@ def making_flops(family: Family) -> float:
   A training step takes three times that for each of its microbatches, beside `training_flops` for
   each of its tokens.
   """
-  depth = 0 if family.mtp is None else family.mtp.depth
-  layers = family.layers()
-  layers += [layers[-1]] * depth
   return sum(
     moe.form.making_flops(moe.experts, family.width, moe.hidden)
-    for moe in (block.feed_forward for block in layers)
+    for moe in (block.feed_forward for block in _blocks(family))
     if isinstance(moe, MoE)
   )
 
@@ -176,10 +187,7 @@ def active_share(family: Family, forward: float, total_steps: int) -> np.ndarray
     ConfigError: a layer grows beyond the run.
   """
   spared = np.zeros(total_steps)
-  depth = 0 if family.mtp is None else family.mtp.depth
-  layers = family.layers()
-  layers += [layers[-1]] * depth
-  for moe in (block.feed_forward for block in layers):
+  for moe in (block.feed_forward for block in _blocks(family)):
     if isinstance(moe, MoE) and moe.growth is not None:
       choice = 2.0 * 3 * family.width * moe.hidden
       stages = moe.growth.stages(moe.experts, moe.top_k, total_steps)

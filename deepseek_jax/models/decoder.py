@@ -141,6 +141,11 @@ def canonical(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, An
   return {**rest, 'layers': unstack(tree.get('stack', {}), segments)}
 
 
+def layer_of(address: str) -> str:
+  """Returns the layer that a canonical address of a feed-forward lies in, such as 'layers/3'."""
+  return address.removesuffix('/feed_forward').removesuffix('/block')
+
+
 def grouped(tree: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]:
   """The inverse of `canonical`."""
   rest = {key: value for key, value in tree.items() if key != 'layers'}

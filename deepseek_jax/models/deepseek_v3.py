@@ -5,11 +5,19 @@ import dataclasses
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.config import ConfigError, wrong_sizes
+from deepseek_jax.layers.attention.csa import CSA
 from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.shared_window import SharedWindow
+from deepseek_jax.layers.attention.sparse import DSA
+from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.hyper_connections import HyperConnections
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import Add
@@ -41,20 +49,16 @@ class DeepSeekV3:
   depth: int
   width: int
   vocab: int
-  attention: MLA | Window | Gated
+  attention: MLA | MHA | Window | Gated | TopK | DSA | NSA | SharedWindow | HCA | CSA
   feed_forward: MoE | SwiGLU
   dense: SwiGLU
   dense_layers: int = 1
   mtp: MTP | None = None
-  residual: Add = Add()
+  residual: Add | HyperConnections = Add()
   norm: RMSNorm = RMSNorm()
 
   def __post_init__(self):
-    errors = [
-      f'`{name}` is {getattr(self, name)}; expected 1 or more'
-      for name in ('depth', 'width', 'vocab')
-      if getattr(self, name) < 1
-    ]
+    errors = wrong_sizes(self, ('depth', 'width', 'vocab'))
     if not 0 <= self.dense_layers <= self.depth:
       errors.append(f'`dense_layers` is {self.dense_layers}; expected 0 to `depth` {self.depth}')
     if errors:

@@ -10,10 +10,19 @@ import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.bidirectional import Bidirectional
+from deepseek_jax.layers.attention.cross import CrossAttention
+from deepseek_jax.layers.attention.csa import CSA
 from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.shared_window import SharedWindow
+from deepseek_jax.layers.attention.sparse import DSA
+from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.hyper_connections import HyperConnections
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import Add
@@ -30,9 +39,22 @@ class Block:
     norm: norm before each sublayer.
   """
 
-  attention: MLA | Window | Gated | Bidirectional
+  attention: (
+    MLA
+    | MHA
+    | Window
+    | Gated
+    | TopK
+    | DSA
+    | NSA
+    | SharedWindow
+    | HCA
+    | CSA
+    | Bidirectional
+    | CrossAttention
+  )
   feed_forward: SwiGLU | MoE
-  residual: Add = Add()
+  residual: Add | HyperConnections = Add()
   norm: RMSNorm = RMSNorm()
 
 

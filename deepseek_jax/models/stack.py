@@ -39,6 +39,7 @@ class TransformerBlock(nn.Module):
     """Runs attention and feed-forward; returns the stream and the cache."""
     c, old = self.config, BlockCache(None) if cache is None else cache
     layout = ('batch', 'seq', 'act_embed')
+    stream = context.rules.constrain(stream, c.residual.stream_axes)
     site = c.residual.build('attention_residual')
     x, mix = site.read(stream)
     x = context.rules.constrain(x, layout)

@@ -20,7 +20,11 @@ from deepseek_jax.ops.expert_rows import (
   sort_by_expert,
   spread,
 )
-from deepseek_jax.ops.grouped_matmul import grouped_products, grouped_weight_gradient
+from deepseek_jax.ops.grouped_matmul import (
+  grouped_gradients,
+  grouped_products,
+  grouped_weight_gradient,
+)
 from deepseek_jax.ops.norm import swiglu
 
 Gather = Callable[[ExpertWeights], ExpertWeights]
@@ -56,16 +60,15 @@ def apply_experts(
   """
   whole = gather(matrices)
 
-  def cpu(x, experts, weights, matrices):
-    if experts.size <= len(matrices.gate):
-      with jax.named_scope('experts'):
-        return each_choice(x, experts, weights, matrices)
-    return forward_experts(x, experts, weights, matrices)[0]
+  def sorted_by_expert(*arguments):
+    return forward_experts(*arguments)[0]
 
-  def other(x, experts, weights, matrices):
-    return forward_experts(x, experts, weights, matrices)[0]
-
-  return lax.platform_dependent(x, experts, weights, whole, cpu=cpu, default=other)
+  if experts.size > len(whole.gate):
+    return sorted_by_expert(x, experts, weights, whole)
+  one_by_one = jax.named_scope('experts')(each_choice)
+  return lax.platform_dependent(
+    x, experts, weights, whole, cpu=one_by_one, default=sorted_by_expert
+  )
 
 
 def forward_experts(
@@ -119,8 +122,11 @@ def backward_experts(
       (to_hidden,) = grouped_products(back, (matrices.down,), layout.sizes, transposed=True)
       weighed = to_hidden.astype(jnp.float32)
       d_weight = jnp.sum(hidden.astype(jnp.float32) * weighed, axis=1)
-      d_rows, d_gate, d_up = _pull_inward(
-        rows, layout.sizes, matrices, pull((weighed * factors).astype(hidden.dtype))
+      d_rows, d_gate, d_up = grouped_gradients(
+        rows,
+        (matrices.gate, matrices.up),
+        layout.sizes,
+        pull((weighed * factors).astype(hidden.dtype)),
       )
       weighted = (hidden.astype(jnp.float32) * factors).astype(hidden.dtype)
       d_down = grouped_weight_gradient(weighted, back, layout.sizes)
@@ -176,7 +182,8 @@ def _rows_backward(gather, kept, grad):
   whole, scatter = jax.vjp(gather, matrices)
   hidden, pull = jax.vjp(swiglu, *products)
   (to_hidden,) = grouped_products(grad, (whole.down,), sizes, transposed=True)
-  d_rows, d_gate, d_up = _pull_inward(rows, sizes, whole, pull(to_hidden))
+  stacks = whole.gate, whole.up
+  d_rows, d_gate, d_up = grouped_gradients(rows, stacks, sizes, pull(to_hidden))
   d_down = grouped_weight_gradient(hidden, grad, sizes)
   return d_rows, None, *scatter(ExpertWeights(d_gate, d_up, d_down))
 
@@ -190,16 +197,6 @@ def forward_rows(
   """Returns `apply_to_rows` [R, D] of the same arrays, and what its gradient needs of it."""
   products = Products(*grouped_products(rows, (matrices.gate, matrices.up), sizes))
   return grouped_products(swiglu(*products), (matrices.down,), sizes)[0], products
-
-
-def _pull_inward(rows, sizes, matrices, pulled):
-  """Gradients of rows, gate and up from those of the products of gate and up."""
-  back = (
-    grouped_products(p, (w,), sizes, transposed=True)[0].astype(jnp.float32)
-    for p, w in zip(pulled, (matrices.gate, matrices.up), strict=True)
-  )
-  grads = (grouped_weight_gradient(rows, p, sizes) for p in pulled)
-  return sum(back, jnp.float32(0)).astype(rows.dtype), *grads
 
 
 def _by_platform(loop, default):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.ops.kernels import grouped_cpu, grouped_tpu
+from deepseek_jax.ops.mesh import arrays_are_whole
 from deepseek_jax.ops.norm import swiglu
 
 
@@ -41,8 +42,7 @@ def _matmul_forward(tokens, weights, sizes):
 
 def _matmul_backward(saved, grad):
   tokens, weights, sizes = saved
-  back = grouped_products(grad, (weights,), sizes, transposed=True)[0]
-  return back, grouped_weight_gradient(tokens, grad, sizes), None
+  return *grouped_gradients(tokens, (weights,), sizes, (grad,)), None
 
 
 grouped_matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -75,11 +75,8 @@ def _swiglu_forward(tokens, gate, up, sizes):
 
 def _swiglu_backward(saved, grad):
   tokens, gate, up, sizes, products = saved
-  from_gate, from_up = jax.vjp(swiglu, *products)[1](grad)
-  back = grouped_products(from_gate, (gate,), sizes, transposed=True)[0].astype(jnp.float32)
-  back += grouped_products(from_up, (up,), sizes, transposed=True)[0]
-  grads = (grouped_weight_gradient(tokens, x, sizes) for x in (from_gate, from_up))
-  return back.astype(tokens.dtype), *grads, None
+  from_products = jax.vjp(swiglu, *products)[1](grad)
+  return *grouped_gradients(tokens, (gate, up), sizes, from_products), None
 
 
 grouped_swiglu.defvjp(_swiglu_forward, _swiglu_backward)
@@ -124,6 +121,31 @@ def grouped_products(
   return lax.platform_dependent(tokens, sizes, *weights, **forms, default=ragged)
 
 
+def grouped_gradients(
+  tokens: jax.Array,
+  weights: tuple[jax.Array, ...],
+  sizes: jax.Array,
+  grads: tuple[jax.Array, ...],
+) -> tuple[jax.Array, ...]:
+  """Gradients of `grouped_products`.
+
+  Args:
+    tokens: [N, D] rows, one expert's after the other's.
+    weights: stacks [E, D, F].
+    sizes: [E] int32, rows of each expert.
+    grads: [N, F] gradient of the product with each stack.
+
+  Returns:
+    The gradient of the rows [N, D], and of each stack [E, D, F], in the dtype of `tokens`.
+  """
+  back = (
+    grouped_products(grad, (w,), sizes, transposed=True)[0].astype(jnp.float32)
+    for grad, w in zip(grads, weights, strict=True)
+  )
+  stacks = (grouped_weight_gradient(tokens, grad, sizes) for grad in grads)
+  return sum(back, jnp.float32(0)).astype(tokens.dtype), *stacks
+
+
 def grouped_weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Array) -> jax.Array:
   """Sums tokenᵀ · gradient over the rows of each expert, in float32.
 
@@ -148,10 +170,5 @@ def grouped_weight_gradient(tokens: jax.Array, grads: jax.Array, sizes: jax.Arra
 
 
 def _kernel_fits(tokens: jax.Array) -> bool:
-  """Whether a TPU's kernel takes these rows: of its dtypes, and whole here.
-
-  They are whole on one device, or inside of `shard_map` over all axes.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  whole = all(mesh.shape[axis] == 1 for axis in mesh.auto_axes)
-  return whole and tokens.dtype in (jnp.bfloat16, jnp.float32)
+  """Whether a TPU's kernel takes these rows: of its dtypes, and whole here."""
+  return arrays_are_whole() and tokens.dtype in (jnp.bfloat16, jnp.float32)

@@ -31,3 +31,25 @@ def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
   # float32 inside: the sigmoid's tail is where bfloat16 is worst.
   gate32 = gate.astype(jnp.float32)
   return (jax.nn.silu(gate32) * up.astype(jnp.float32)).astype(up.dtype)
+
+
+def layer_norm(
+  x: jax.Array, scale: jax.Array, offset: jax.Array, epsilon: float = 1e-6
+) -> jax.Array:
+  """Takes the mean from a vector, divides it by its deviation, scales it and adds an offset.
+
+  Args:
+    x: [..., D].
+    scale: [D] float32.
+    offset: [D] float32.
+    epsilon: added to the variance.
+
+  Returns:
+    [..., D] in the dtype of `x`; the statistics are float32.
+
+  Source: Ba et al., arXiv 1607.06450, equation 3.
+  """
+  wide = x.astype(jnp.float32)
+  wide -= jnp.mean(wide, axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+  return (wide * jax.lax.rsqrt(variance + epsilon) * scale + offset).astype(x.dtype)

@@ -84,3 +84,18 @@ def rotate(
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)
+
+
+def rotate_halves(
+  x: jax.Array, positions: jax.Array, frequencies: np.ndarray, magnitude: float = 1.0
+) -> jax.Array:
+  """Turns each pair of channels (k, k + R / 2) by position × frequency k.
+
+  The other layout of the same rotation: that of the indexer of DeepSeek-V3.2. Arguments and result
+  [B, T, ..., R] are those of `rotate`.
+
+  Source: Su et al., arXiv 2104.09864, equation 34 (half-split layout).
+  """
+  pairs = jnp.stack(jnp.split(x, 2, axis=-1), axis=-1).reshape(x.shape)
+  turned = rotate(pairs, positions, frequencies, magnitude).reshape(*x.shape[:-1], -1, 2)
+  return jnp.concatenate([turned[..., 0], turned[..., 1]], axis=-1)

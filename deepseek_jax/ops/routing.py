@@ -136,8 +136,8 @@ def expert_load(experts: jax.Array, real: jax.Array, count: int) -> jax.Array:
   def compared(chosen):
     return jnp.sum(chosen_mask(chosen, count), axis=0)
 
-  # A CPU compares every choice with every expert as slowly as it sounds; accelerators add
-  # one number after another no faster.
+  # Comparing costs N·K·E, which a CPU feels; where many cores compare at once, additions to one
+  # place that wait for each other are what costs.
   return jax.lax.platform_dependent(chosen, cpu=scattered, default=compared)
 
 

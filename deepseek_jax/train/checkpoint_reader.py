@@ -75,7 +75,7 @@ def read_params(path: pathlib.Path, weights: Weights | None = None) -> tuple[PyT
   partial = context()
   partial.pytree.loading.partial_load = True
   with reading(path), partial:
-    parts = ocp.load_checkpointables(path, {'state': wanted, 'config': None})
+    parts = ocp.load_checkpointables(path.absolute(), {'state': wanted, 'config': None})
   return parts['state'][name], parts['state']['buffers'], parts['config']
 
 
@@ -218,7 +218,8 @@ def whole_step(directory: pathlib.Path, step: int | None) -> int:
 def read_tree(path: pathlib.Path) -> PyTree:
   """The tree of a saved state: shapes and dtypes, no arrays."""
   with reading(path), context():
-    tree = ocp.metadata(path, 'state').metadata
+    # Of a relative path Orbax finds nothing, and does not say so.
+    tree = ocp.metadata(path.absolute(), 'state').metadata
     if tree is None:
       raise ValueError('its index of arrays is damaged')
   return tree

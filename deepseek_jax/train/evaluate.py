@@ -20,6 +20,7 @@ class Evaluation(NamedTuple):
     loss: nats a token.
     bits_per_byte: bits a byte of the text; comparable between tokenizers.
     targets: tokens that were predicted.
+    accuracy: share of them that the model found likeliest.
     mtp_loss: nats a token of those further ahead, the mean over the depths of MTP; None without.
     mtp_acceptance: share of tokens two places ahead at which the first depth of MTP chooses what
       the model itself chooses a place later, both greedily and reading the text as it is; what
@@ -29,6 +30,7 @@ class Evaluation(NamedTuple):
   loss: float
   bits_per_byte: float
   targets: int
+  accuracy: float
   mtp_loss: float | None = None
   mtp_acceptance: float | None = None
 
@@ -70,8 +72,9 @@ def evaluate(
     pending, ready = current, pending
     _add(sums, ready)
   _add(sums, pending)
-  loss = float(sums['nats'] / max(sums['targets'], 1.0))
-  result = Evaluation(loss, bits_per_byte(loss, split), int(sums['targets']))
+  count = max(sums['targets'], 1.0)
+  loss, accuracy = (float(sums[name] / count) for name in ('nats', 'correct'))
+  result = Evaluation(loss, bits_per_byte(loss, split), int(sums['targets']), accuracy)
   if 'accepted' not in sums:
     return result
   targets = np.maximum(sums['mtp_targets'], 1.0)

@@ -8,9 +8,11 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest, Float32, Precision
 from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
+from deepseek_jax.data.recall import Recall
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
+from deepseek_jax.models.deepseek_v4 import DeepSeekV4
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import ProportionalBias, SignBias
@@ -63,7 +65,7 @@ class Experiment:
   Attributes:
     name: what the run is called.
     model: the family and its dials.
-    data: text or captioned pictures, tokenizer, rows.
+    data: text, captioned pictures or a task that is made up; tokenizer, rows.
     optimizer: what turns gradients into updates, with its peak learning rate.
     schedule: factor on the peak learning rate over training.
     train_steps: updates of the whole run.
@@ -81,12 +83,14 @@ class Experiment:
     cadence: how often the run logs, evaluates, samples and saves.
     prompts: texts that samples continue.
     init_from: another run's checkpoint whose weights a new run begins with, or None.
+    trainable: patterns of canonical addresses, such as 'layers/*/attention/indexer/*'; what none
+      fits stays as it is. None trains everything.
     seed: of the weights and all noise.
   """
 
   name: str
-  model: DeepSeekV3 | Multimodal
-  data: TextCorpus | ImageCaptions
+  model: DeepSeekV3 | DeepSeekV4 | Multimodal
+  data: TextCorpus | ImageCaptions | Recall
   optimizer: AdamW | Muon
   schedule: Schedule
   train_steps: int
@@ -103,6 +107,7 @@ class Experiment:
   cadence: Cadence = Cadence()
   prompts: tuple[str, ...] = ()
   init_from: InitFrom | None = None
+  trainable: tuple[str, ...] | None = None
   seed: int = 0
 
   def __post_init__(self):
@@ -116,6 +121,8 @@ class Experiment:
         f'`microbatches` is {self.microbatches}, which does not divide data.batch_size '
         f'{self.data.batch_size}'
       )
+    if self.trainable == ():
+      errors.append('`trainable` is empty: nothing would be trained; None trains everything')
     if not 0 <= self.seed < 2**32:
       errors.append(f'`seed` is {self.seed}; expected 0 to {2**32 - 1}')
     if errors:
@@ -151,23 +158,26 @@ class Experiment:
       errors += self._check_placement(devices)
     return errors + self._check_tables() + self._check_experts() + self._check_images()
 
+  def _mixtures(self) -> list[MoE]:
+    """Every different mixture of experts, in the order of the layers."""
+    kinds = dict.fromkeys(block.feed_forward for block in self.model.layers())
+    return [kind for kind in kinds if isinstance(kind, MoE)]
+
   def _check_tables(self) -> list[str]:
     """Tables of hash routers are there and fit the vocabulary."""
     errors = []
-    for feed_forward in dict.fromkeys(block.feed_forward for block in self.model.layers()):
-      if isinstance(feed_forward, MoE) and isinstance(feed_forward.router, Hash):
-        sizes = self.model.vocab, feed_forward.experts, feed_forward.top_k
+    for moe in self._mixtures():
+      if isinstance(moe.router, Hash):
         errors += [
           f'model: feed_forward.router Hash: {message}'
-          for message in feed_forward.router.check_model(*sizes)
+          for message in moe.router.check_model(self.model.vocab, moe.experts, moe.top_k)
         ]
     return errors
 
   def _check_experts(self) -> list[str]:
     """Experts grow within the run, and what a breaker cannot save is skipped."""
     errors = []
-    kinds = dict.fromkeys(block.feed_forward for block in self.model.layers())
-    for moe in (kind for kind in kinds if isinstance(kind, MoE)):
+    for moe in self._mixtures():
       if moe.breaker is not None and self.guard is None:
         errors.append(
           'feed_forward.breaker counts on a guard to skip the step of a fault; guard is None'
@@ -182,31 +192,28 @@ class Experiment:
   def _check_dispatch(self, devices: int) -> list[str]:
     """Every mixture of experts gets its tokens on this mesh."""
     sizes = self.mesh.sizes(devices)
-    mixtures = [layer.feed_forward for layer in self.model.layers()]
-    messages = [
-      f'{type(mixture.dispatch).__name__}: {message}'
-      for mixture in dict.fromkeys(mixtures)
-      if isinstance(mixture, MoE)
-      for message in mixture.dispatch.check(mixture.slots, sizes, self.rules)
+    return [
+      f'dispatch {type(moe.dispatch).__name__}: {message}'
+      for moe in self._mixtures()
+      for message in moe.dispatch.check(moe.slots, sizes, self.rules)
     ]
-    return [f'dispatch {message}' for message in messages]
 
   def _check_placement(self, devices: int) -> list[str]:
     """Slots of experts can be filled on this mesh."""
-    layers = dict.fromkeys(layer.feed_forward for layer in self.model.layers())
-    mixtures = [layer for layer in layers if isinstance(layer, MoE)]
     sharing = expert_devices(self.rules, self.mesh.sizes(devices))
-    return check_placement(self.placement, mixtures, sharing)
+    return check_placement(self.placement, self._mixtures(), sharing)
 
   def _check_images(self) -> list[str]:
     """What the data shows and what the model sees are the same pictures."""
     model, data = self.model, self.data
-    if isinstance(data, TextCorpus) and isinstance(model, DeepSeekV3):
-      return []
-    if isinstance(data, TextCorpus):
-      return ['model is Multimodal, but data.TextCorpus has no pictures to learn its encoder from']
-    if isinstance(model, DeepSeekV3):
-      return ['data is ImageCaptions, but model.DeepSeekV3 sees no pictures; try Multimodal']
+    if not isinstance(data, ImageCaptions):
+      if not isinstance(model, Multimodal):
+        return []
+      name = type(data).__name__
+      return [f'model is Multimodal, but data.{name} has no pictures to learn its encoder from']
+    if not isinstance(model, Multimodal):
+      kind = type(model).__name__
+      return [f'data is ImageCaptions, but model.{kind} sees no pictures; try Multimodal']
     errors = []
     if data.slots != model.image.slots:
       errors.append(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.core.tree import flatten
-from deepseek_jax.models.decoder import canonical
+from deepseek_jax.models.decoder import canonical, layer_of
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.display import Display
 from deepseek_jax.train.expert_lifecycle import BORN, EVENTS
@@ -58,7 +58,7 @@ class ExpertLog:
     report = jax.device_get(report)
     self.exhausted |= int(report['usable']) < 1
     for address, events in flatten(canonical(report['events'], self._segments)).items():
-      layer = address.removesuffix('/feed_forward').removesuffix('/block')
+      layer = layer_of(address)
       born = np.flatnonzero(events == BORN)
       if born.size:
         numbers = ', '.join(map(str, born))

@@ -14,7 +14,7 @@ import numpy as np
 
 from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.pipeline import TextData
-from deepseek_jax.models.cost import training_flops
+from deepseek_jax.data.recall import RecallData
 from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train import report
@@ -31,7 +31,7 @@ from deepseek_jax.train.recover import recover
 from deepseek_jax.train.saver import Saver
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Metrics, Program, build_program
-from deepseek_jax.train.summary import experiment_weights
+from deepseek_jax.train.summary import experiment_weights, step_flops
 from deepseek_jax.train.throughput import Clock, measure_matmul_peak, peak_memory_bytes
 from deepseek_jax.train.workdir import Workdir
 
@@ -61,13 +61,13 @@ class _Run:
   experiment: Experiment
   segments: tuple[Segment, ...]
   program: Program
-  data: TextData | CaptionData
+  data: TextData | CaptionData | RecallData
   workdir: Workdir
   writer: MetricWriter
   faults: FaultLog
   saver: Saver
   clock: Clock
-  flops_per_token: float
+  step_flops: np.ndarray
   peak_flops: float
   sample: Sampler | None
   started: float
@@ -137,12 +137,7 @@ def train(
       ),
       saver=saver,
       clock=Clock(data_spec.batch_size * data_spec.length),
-      flops_per_token=training_flops(
-        experiment.model,
-        experiment_weights(program),
-        data_spec.length,
-        0 if data_spec.image_shape is None else data_spec.image_shape[0],
-      ),
+      step_flops=step_flops(experiment, experiment_weights(program)),
       peak_flops=peak * len(program.mesh.devices.flat),
       sample=None if sample is None else sample(program, data),
       started=time.perf_counter(),
@@ -280,14 +275,14 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   observed = metrics.pop('observed')
   loads = report.layer_loads(observed, run.segments)
   drops = report.drop_rates(observed, run.segments)
-  buffers = metrics.pop('bias')
+  buffers = metrics.pop('buffers')
   biases = report.layer_biases(buffers, run.segments)
   row = {name: float(value) for name, value in metrics.items()}
   row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
   rate = run.clock.tokens_per_second
   if rate is not None:
     row['tokens_per_second'] = rate
-    row['mfu'] = rate * run.flops_per_token / run.peak_flops
+    row['mfu'] = run.step_flops[step - 1] / run.clock.tokens_per_step * rate / run.peak_flops
     row['seconds_left'] = run.clock.seconds_left(run.experiment.train_steps) or 0.0
   row['elapsed_seconds'] = time.perf_counter() - run.started
   row['peak_memory_bytes'] = peak_memory_bytes()
@@ -295,6 +290,7 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
     **row,
     **report.expert_figures(loads, biases, drops),
     **report.lifecycle_figures(buffers, run.segments),
+    **report.attention_figures(observed, run.segments),
   }
 
 
@@ -307,6 +303,7 @@ def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation
   row = {'step': step, **result.numbers(), 'all': batches is None}
   figures = {name: value for name, value in result.numbers().items() if name != 'targets'}
   message = f'step {step}  held-out bits/byte {result.bits_per_byte:.4f}  loss {result.loss:.4f}'
+  message += f'  next token right {result.accuracy:.1%}'
   if result.mtp_acceptance is not None:
     message += f'  second token accepted {result.mtp_acceptance:.1%}'
   if run.experiment.ema is not None:

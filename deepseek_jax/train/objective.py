@@ -167,7 +167,8 @@ def evaluation_sums(
   """Returns sums over a batch [B, T], which add up over batches.
 
   Returns:
-    `nats` and `targets`, [] float32, of the next token. With MTP also `mtp_nats` and
+    `nats` and `targets`, [] float32, of the next token; `correct`, [], how many of the targets
+    are the token that the model finds likeliest. With MTP also `mtp_nats` and
     `mtp_targets`, [depth], of the tokens beyond; and `accepted`, []: how many of the first depth's
     targets are proposed right, that is, where its likeliest token is the one that the model itself
     finds likeliest a place later. Both read the text as it is, not what they chose.
@@ -184,7 +185,8 @@ def evaluation_sums(
     strict=True,
   )
   targets = jnp.sum(weights, axis=(1, 2))
-  sums = {'nats': nats[0], 'targets': targets[0]}
+  correct = jnp.sum((chosen[0] == batch.targets) * weights[0])
+  sums = {'nats': nats[0], 'targets': targets[0], 'correct': correct}
   if depth:
     sums |= {
       'mtp_nats': jnp.stack(nats[1:]),

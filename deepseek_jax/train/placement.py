@@ -14,7 +14,7 @@ from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.dispatch.local import Local
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.placement import SLOTS, TOKENS
-from deepseek_jax.models.decoder import canonical
+from deepseek_jax.models.decoder import canonical, layer_of
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.ops.placement import device_loads, imbalance, place, placement_faults
 from deepseek_jax.sharding.rules import Rules
@@ -179,7 +179,4 @@ def rebalance(
 def _by_layer(found: Mapping[str, np.ndarray], segments: tuple[Segment, ...]) -> dict[str, float]:
   """Turns the figures [...] of an address into one of each layer."""
   flat = flatten(canonical(unflatten(found), segments))
-  return {
-    address.removesuffix('/feed_forward').removesuffix('/block'): float(figure)
-    for address, figure in flat.items()
-  }
+  return {layer_of(address): float(figure) for address, figure in flat.items()}

@@ -212,5 +212,5 @@ def _read(path: pathlib.Path, layouts: Mapping[str, NamedSharding]) -> dict[str,
 
   asked = jax.tree_util.tree_map_with_path(ask, read_tree(path))
   with reading(path), context():
-    state = ocp.load_checkpointables(path, {'state': asked})['state']
+    state = ocp.load_checkpointables(path.absolute(), {'state': asked})['state']
   return {address: leaf for address, leaf in flat(state).items() if address in layouts}

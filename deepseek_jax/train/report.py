@@ -5,12 +5,26 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.core.tree import flatten
+from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.layers.moe import breaker, growth
-from deepseek_jax.models.decoder import canonical
+from deepseek_jax.models.decoder import canonical, layer_of
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.ops.breaker import OPEN
 from deepseek_jax.optim.balance import dead_fraction, load_entropy, max_violation
+
+LOGGED = ('selection_bias', growth.ACTIVE, growth.CHOICES, breaker.STATE)
+"""Names of the buffers that a log says something of; tables and slots stay on the devices."""
+
+
+def logged_buffers(buffers: dict[str, Any]) -> dict[str, Any]:
+  """Returns the part of a nested dict of buffers that `LOGGED` names."""
+  return unflatten(
+    {
+      address: leaf
+      for address, leaf in flatten(buffers).items()
+      if address.rpartition('/')[2] in LOGGED
+    }
+  )
 
 
 def layer_loads(observed: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, np.ndarray]:
@@ -98,10 +112,34 @@ def lifecycle_figures(buffers: dict[str, Any], segments: tuple[Segment, ...]) ->
   return figures
 
 
+def attention_figures(observed: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, Any]:
+  """Returns what a log says of indexers, lists with one entry a layer that has one.
+
+  Args:
+    observed: the collection of one step, as NumPy arrays.
+    segments: the plan of the stack.
+
+  Returns:
+    Means over the queries that were looked into: `index_recall` (share of the keys with the most
+    attention that were selected), `index_coverage` (share of the attention that goes to the
+    selected), `index_divergence` (nats), `index_near` (share of the selected that are near).
+  """
+  flat = flatten(canonical(observed, segments))
+  figures: dict[str, list[float]] = {}
+  for address, queries in flat.items():
+    prefix = address.removesuffix('/attention/indexer/queries')
+    if prefix == address:
+      continue
+    for name in ('recall', 'coverage', 'divergence', 'near'):
+      mean = float(flat[f'{prefix}/attention/indexer/{name}']) / max(float(queries), 1.0)
+      figures.setdefault(f'index_{name}', []).append(round(mean, 5))
+  return figures
+
+
 def _by_layer(tree: Any, segments: tuple[Segment, ...], name: str) -> dict[str, np.ndarray]:
-  suffix = f'/feed_forward/{name}'
+  suffix = f'/{name}'
   return {
-    address.removesuffix(suffix).removesuffix('/block'): np.asarray(leaf)
+    layer_of(address.removesuffix(suffix)): np.asarray(leaf)
     for address, leaf in flatten(canonical(tree, segments)).items()
-    if address.endswith(suffix)
+    if address.endswith(f'/feed_forward{suffix}')
   }

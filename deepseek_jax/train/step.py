@@ -12,7 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.models.decoder import Decoder, init_variables
+from deepseek_jax.models.decoder import Decoder, init_variables, plan_segments
+from deepseek_jax.models.plan import Segment
 from deepseek_jax.optim.balance import update_buffers
 from deepseek_jax.sharding.mesh import make_mesh
 from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings, tree_specs
@@ -25,9 +26,12 @@ from deepseek_jax.train.objective import (
   evaluation_sums,
   training_loss,
 )
+from deepseek_jax.train.on_mesh import OnMesh
 from deepseek_jax.train.placement import count_tokens
+from deepseek_jax.train.report import logged_buffers
 from deepseek_jax.train.state import TrainState, fresh_state
 from deepseek_jax.train.traced import Traced, traced_values, with_traced
+from deepseek_jax.train.trainable import check_patterns, trainable_part
 
 Metrics = dict[str, Any]
 
@@ -51,9 +55,9 @@ class Program:
   experiment: Experiment
   decoder: Decoder
   mesh: Mesh
-  init: 'OnMesh'
-  step: 'OnMesh'
-  evaluate: 'OnMesh'
+  init: OnMesh
+  step: OnMesh
+  evaluate: OnMesh
   abstract_state: TrainState
   batch_sharding: NamedSharding
   axes: Any
@@ -99,6 +103,7 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
   # The optimizer's arrays repeat the parameters' faults: they are looked at when those have none.
   errors = check_divisible(shapes.params, specs.params, sizes)
   errors = errors or check_divisible(shapes, specs, sizes)
+  errors = errors or check_patterns(experiment.trainable, shapes.params, segments_of(experiment))
   if errors:
     raise ConfigError(errors)
   shardings = tree_shardings(mesh, specs)
@@ -148,45 +153,6 @@ def init_options(device: jax.Device) -> dict[str, Any] | None:
   return {'xla_backend_optimization_level': 1} if device.platform == 'cpu' else None
 
 
-class OnMesh:
-  """A jitted function that is always traced and run on its mesh.
-
-  Attributes:
-    mesh: the devices.
-    function: jitted.
-    constants: its last arguments, the same in every call.
-  """
-
-  def __init__(self, mesh: Mesh, function: Any, constants: tuple[Any, ...] = ()):
-    """Keeps all three."""
-    self.mesh, self.function, self.constants = mesh, function, constants
-
-  def __call__(self, *arguments: Any) -> Any:
-    """Calls the function."""
-    with jax.set_mesh(self.mesh):
-      return self.function(*arguments, *self.constants)
-
-  def shapes(self, *arguments: Any) -> Any:
-    """Returns the shapes and dtypes of what it returns; compiles nothing."""
-    with jax.set_mesh(self.mesh):
-      return jax.eval_shape(self.function, *arguments, *self.constants)
-
-  def lower(self, *arguments: Any) -> Any:
-    """Lowers the function for arguments or their shapes."""
-    with jax.set_mesh(self.mesh):
-      return self.function.lower(*arguments, *self.constants)
-
-  def compile(self, *arguments: Any, options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """Returns the function compiled for arguments or their shapes.
-
-    Args:
-      *arguments: without the constants.
-      options: of the compiler.
-    """
-    compiled = self.lower(*arguments).compile(options)
-    return lambda *given: compiled(*given, *self.constants)
-
-
 def make_init(
   experiment: Experiment, decoder: Decoder, optimizer: optax.GradientTransformation
 ) -> Callable[[jax.Array], TrainState]:
@@ -229,6 +195,7 @@ def make_step(
     (grads, faults), scalars, observed = gradients(state, batch, scale)
     if scale is not None:
       grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
+    grads = keep_trainable(experiment, grads)
     norm = optax.tree.norm(grads)
     proposed = update(state, grads, observed)
     settled, report = settle(state, proposed, scalars, norm)
@@ -239,7 +206,7 @@ def make_step(
       'learning_rate': experiment.optimizer.peak_lr * factor(accepted_steps(state)),
       'tokens': jnp.sum(batch.weights),
       'observed': observed,
-      'bias': settled.buffers,
+      'buffers': logged_buffers(settled.buffers),
       **report,
       **events,
     }
@@ -301,6 +268,8 @@ def make_update(
   def update(state: TrainState, grads: Any, observed: Any) -> TrainState:
     with jax.named_scope('optimizer'):
       updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+      # Weight decay moves what has no gradient.
+      updates = keep_trainable(experiment, updates)
       params = optax.apply_updates(state.params, updates)
     buffers, ema = state.buffers, state.ema
     if balance is not None and bias_rate is not None:
@@ -312,6 +281,16 @@ def make_update(
     return dataclasses.replace(state, params=params, buffers=buffers, opt_state=opt_state, ema=ema)
 
   return update
+
+
+def keep_trainable(experiment: Experiment, tree: Any) -> Any:
+  """Sets to zero what belongs to frozen weights in a tree like the parameters, [...] each."""
+  return trainable_part(experiment.trainable, tree, segments_of(experiment))(tree)
+
+
+def segments_of(experiment: Experiment) -> tuple[Segment, ...]:
+  """Returns the plan of the stack as the run compiles it."""
+  return plan_segments(experiment.model, experiment.remat)
 
 
 def accepted_steps(state: TrainState) -> jax.Array:

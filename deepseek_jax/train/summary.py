@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from deepseek_jax.core.describe import bytes_text, si, table
 from deepseek_jax.core.tree import bytes_of
 from deepseek_jax.data.batch import Batch
+from deepseek_jax.layers.residual import Add
 from deepseek_jax.models.cost import (
   Weight,
   active_parameters,
+  active_share,
   forward_flops,
   making_flops,
   picture_flops,
@@ -20,7 +23,7 @@ from deepseek_jax.models.cost import (
 from deepseek_jax.models.decoder import Family, plan_segments
 from deepseek_jax.models.encoder import encoder_segments
 from deepseek_jax.models.multimodal import Multimodal
-from deepseek_jax.models.plan import Segment
+from deepseek_jax.models.plan import Block, Segment
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.sharding.rules import shard_count
 from deepseek_jax.train.experiment import Experiment
@@ -31,13 +34,16 @@ def describe_plan(segments: Sequence[Segment]) -> str:
   """Returns one line a segment: which layers, how often, of what kinds."""
   rows, start = [], 0
   for part in segments:
-    kinds = ' | '.join(
-      f'{type(block.attention).__name__} + {type(block.feed_forward).__name__}'
-      for block in part.pattern
-    )
+    kinds = ' | '.join(map(_kinds_of, part.pattern))
     rows.append((f'{start}–{start + part.layers - 1}', f'×{part.repeats}', kinds))
     start += part.layers
   return table(rows, ('layers', 'scan', 'blocks'))
+
+
+def _kinds_of(block: Block) -> str:
+  kinds = f'{type(block.attention).__name__} + {type(block.feed_forward).__name__}'
+  # The plain residual goes without saying.
+  return kinds if isinstance(block.residual, Add) else f'{kinds} in {block.residual!r}'
 
 
 def describe_layers(model: Family, remat: Remat | None = None) -> str:
@@ -63,6 +69,20 @@ def describe_parameters(weights: Sequence[Weight]) -> str:
   return table(rows, ('address', 'shape', 'axes', 'parameters'))
 
 
+def step_flops(experiment: Experiment, weights: Sequence[Weight]) -> np.ndarray:
+  """Returns the training FLOPs of every step of a run, [train_steps] float64.
+
+  Encoding pictures and making experts' matrices are counted; choices that are not active yet are
+  not. Where nothing grows, all steps cost the same.
+  """
+  model, data = experiment.model, experiment.data
+  pictures = 0 if data.image_shape is None else data.image_shape[0]
+  token = training_flops(model, list(weights), data.length, pictures)
+  making = 3.0 * making_flops(model) * experiment.microbatches
+  active = active_share(model, token / 3, experiment.train_steps)
+  return token * active * data.length * data.batch_size + making
+
+
 def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
   """Returns parameters, FLOPs a token, and tokens of the whole run."""
   model, data = experiment.model, experiment.data
@@ -82,10 +102,7 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
     *([("FLOPs a step of making the experts' matrices", si(making))] if making else []),
     ('tokens a step', f'{step_tokens:,} ({data.batch_size} rows of {data.length})'),
     ('tokens of the run', si(step_tokens * experiment.train_steps)),
-    (
-      'training FLOPs of the run',
-      f'{(training * step_tokens + making) * experiment.train_steps:.2e}',
-    ),
+    ('training FLOPs of the run', f'{step_flops(experiment, weights).sum():.2e}'),
   ]
   return table(rows, ('cost', ''))
 

@@ -30,6 +30,9 @@ class Clock:
 
   The caller blocks on a result of the step before it calls `tick`, so that what is timed is work
   that was done and not work that was queued.
+
+  Attributes:
+    tokens_per_step: tokens that one step reads, over all devices.
   """
 
   def __init__(
@@ -45,7 +48,7 @@ class Clock:
       window: the median is taken over this many of the last intervals.
       now: the time in seconds.
     """
-    self._tokens_per_step = tokens_per_step
+    self.tokens_per_step = tokens_per_step
     self._now = now
     self._mark: tuple[int, float] | None = None
     self._paused_seconds = 0.0
@@ -84,7 +87,7 @@ class Clock:
   def tokens_per_second(self) -> float | None:
     """Tokens a second in finished steps; None before two steps are finished."""
     seconds = self.step_seconds
-    return self._tokens_per_step / seconds if seconds else None
+    return self.tokens_per_step / seconds if seconds else None
 
   def seconds_left(self, total_steps: int) -> float | None:
     """Seconds until the last step at the present pace, evaluation and checkpoints left out.

@@ -6,8 +6,17 @@ import pytest
 
 from scripts import update_golden
 
+CURVES = ('curves/tiny_mla.txt', 'curves/tiny_caption.txt')
+"""Curves that are made every time: a whole training step is compiled for each."""
+PATHS = [
+  pytest.param(
+    path, marks=[pytest.mark.slow] if path.startswith('curves/') and path not in CURVES else []
+  )
+  for path in sorted(update_golden.files(pathlib.Path()))
+]
 
-@pytest.mark.parametrize('path', sorted(update_golden.files(pathlib.Path())))
+
+@pytest.mark.parametrize('path', PATHS)
 def test_golden(path, cache_dir):
   """A difference is shown with the command that updates the file."""
   fault = update_golden.compare(path, update_golden.files(cache_dir)[path]())

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.mha import HeadAttention
 from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.weights import weight
-from deepseek_jax.ops.attention.reference import attend
+from deepseek_jax.ops.attention.reference import Seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,11 +32,7 @@ class Bidirectional:
   head_dim: int = 64
 
   def __post_init__(self):
-    errors = [
-      f'`{name}` is {size}; expected 1 or more'
-      for name in ('heads', 'head_dim')
-      if (size := getattr(self, name)) < 1
-    ]
+    errors = wrong_sizes(self, ('heads', 'head_dim'))
     if errors:
       raise ConfigError(errors)
 
@@ -68,7 +64,7 @@ class Bidirectional:
 _NO_CACHE = 'Bidirectional attention sees later tokens too: it has no cache and cannot generate'
 
 
-class BidirectionalAttention(nn.Module):
+class BidirectionalAttention(HeadAttention):
   """[B, T, D] -> [B, T, D], by the segments of the context alone."""
 
   config: Bidirectional
@@ -80,24 +76,11 @@ class BidirectionalAttention(nn.Module):
     """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
     if cache is not None:
       raise ConfigError(_NO_CACHE)
-    c, width = self.config, x.shape[-1]
-    shape, axes = (width, c.heads, c.head_dim), ('embed', 'heads', None)
-
-    def heads(name: str) -> jax.Array:
-      y = jnp.einsum('btd,dhk->bthk', x, weight(self, name, shape, axes, dtype=x.dtype))
-      return context.rules.constrain(y, ('batch', 'seq', 'act_heads', None))
-
-    segments = context.segments
-    mask = segments[:, :, None] == segments[:, None, :]
-    query, key, value = heads('query'), heads('key'), heads('value')
-    mixed = attend(query, key, value, mask, scale=c.head_dim**-0.5)
-    mixed = context.rules.constrain(mixed, ('batch', 'seq', 'act_heads', None))
-    output = weight(
-      self,
-      'output',
-      (c.heads, c.head_dim, width),
-      ('heads', None, 'embed'),
-      dtype=x.dtype,
-      inputs=2,
+    query, key, value = (
+      self.heads(x, name, self.config.heads, self.config.head_dim, context)
+      for name in ('query', 'key', 'value')
     )
-    return jnp.einsum('bthk,hkd->btd', mixed, output), None
+    # Where all positions are 0, no token comes after another.
+    nowhere, segments = jnp.zeros_like(context.segments), context.segments
+    mixed = self.attend(query, key, value, Seen(nowhere, nowhere, segments, segments))
+    return self.project(mixed, x.shape[-1], context), None

@@ -1,6 +1,8 @@
 """Latent projections that the attention kinds of this family share, and MLA itself."""
 
 import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -8,14 +10,17 @@ import jax.numpy as jnp
 from flax import struct
 from jax.typing import DTypeLike
 
-from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.ops.attention.causal import attend_causal
-from deepseek_jax.ops.attention.reference import attend, attend_latent, visible
+from deepseek_jax.ops.attention.blocked import attend_blocked
+from deepseek_jax.ops.attention.reference import Seen, attend, attend_latent, visible, window_mask
+
+FEW = 4
+"""Queries whose scores of all keys are held at once: for so few a loop over blocks costs more."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,11 +51,7 @@ class Latent:
 
   def __post_init__(self):
     sizes = ('heads', 'nope_dim', 'rope_dim', 'value_dim', 'latent', 'query_latent')
-    errors = [
-      f'`{name}` is {size}; expected 1 or more'
-      for name in sizes
-      if (size := getattr(self, name)) is not None and size < 1
-    ]
+    errors = wrong_sizes(self, sizes)
     if self.rope_dim % 2:
       errors.append(f'`rope_dim` is {self.rope_dim}; rotary pairs need an even number')
     if errors:
@@ -111,6 +112,30 @@ LATENT_CACHE_AXES = LatentCache(
 )
 
 
+class Queries(NamedTuple):
+  """Queries that are not made yet: all of them together are larger than what they are made of.
+
+  Attributes:
+    source: [B, T, C] what `LatentAttention.query_source` returns.
+    matrix: [C, H, nope + R].
+    positions: [B, T] int32.
+  """
+
+  source: jax.Array
+  matrix: jax.Array
+  positions: jax.Array
+
+  def make(self, config: Latent) -> tuple[jax.Array, jax.Array]:
+    """Returns queries without position [B, T, H, nope] and rotated ones [B, T, H, R]."""
+    q = jnp.einsum('btd,dhk->bthk', self.source, self.matrix)
+    nope, rope = q[..., : config.nope_dim], q[..., config.nope_dim :]
+    return nope, config.rope.rotate(rope, self.positions)
+
+  def rows(self, rows: Any) -> 'Queries':
+    """Keeps some of the T queries; a slice, or [n] int32."""
+    return self._replace(source=self.source[:, rows], positions=self.positions[:, rows])
+
+
 class LatentAttention(nn.Module):
   """Projections of latent attention; kinds derive from it and say who sees whom.
 
@@ -121,19 +146,29 @@ class LatentAttention(nn.Module):
 
   def queries(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
     """Returns queries without position [B, T, H, nope] and rotated ones [B, T, H, R]."""
-    c, width = self.config, x.shape[-1]
-    head = c.nope_dim + c.rope_dim
+    return self.queries_of(self.query_source(x), context)
+
+  def query_source(self, x: jax.Array) -> jax.Array:
+    """Returns what queries are made of: the normalised query latent [B, T, C], or `x` itself."""
+    c = self.config
     if c.query_latent is None:
-      w = weight(self, 'query', (width, c.heads, head), ('embed', 'heads', None), dtype=x.dtype)
-      q = jnp.einsum('btd,dhk->bthk', x, w)
-    else:
-      down = weight(self, 'query_down', (width, c.query_latent), ('embed', None), dtype=x.dtype)
-      latent = c.norm.build('query_norm')(jnp.einsum('btd,dc->btc', x, down))
-      shape = (c.query_latent, c.heads, head)
-      up = weight(self, 'query_up', shape, ('latent', 'heads', None), dtype=x.dtype)
-      q = jnp.einsum('btc,chk->bthk', latent, up)
-    q = context.rules.constrain(q, ('batch', 'seq', 'act_heads', None))
-    return q[..., : c.nope_dim], c.rope.rotate(q[..., c.nope_dim :], context.positions)
+      return x
+    shape = (x.shape[-1], c.query_latent)
+    down = weight(self, 'query_down', shape, ('embed', None), dtype=x.dtype)
+    return c.norm.build('query_norm')(jnp.einsum('btd,dc->btc', x, down))
+
+  def queries_of(self, source: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Returns the pair of `queries`, made of what `query_source` returns, [B, T, C]."""
+    found = Queries(source, self.query_matrix(source), context.positions).make(self.config)
+    layout = ('batch', 'seq', 'act_heads', None)
+    return context.rules.constrain(found[0], layout), context.rules.constrain(found[1], layout)
+
+  def query_matrix(self, source: jax.Array) -> jax.Array:
+    """Declares what makes queries of `source` [B, T, C]: [C, H, nope + R]."""
+    c = self.config
+    name, axis = ('query', 'embed') if c.query_latent is None else ('query_up', 'latent')
+    shape = (source.shape[-1], c.heads, c.nope_dim + c.rope_dim)
+    return weight(self, name, shape, (axis, 'heads', None), dtype=source.dtype)
 
   def latents(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
     """Returns the normalised latent [B, T, C] and the rotated shared key [B, T, R]."""
@@ -146,15 +181,9 @@ class LatentAttention(nn.Module):
     return latent, c.rope.rotate(both[..., c.latent :], context.positions)
 
   def mix(
-    self,
-    query,
-    key,
-    mask: jax.Array,
-    context: Context,
-    bias: jax.Array | None = None,
-    causal: bool = False,
+    self, query, key, mask: jax.Array, context: Context, bias: jax.Array | None = None
   ) -> jax.Array:
-    """Attends from T queries to S tokens.
+    """Attends from T queries to S tokens by a mask that says who sees whom.
 
     Expanded (keys and values of every head are made) or absorbed (queries go to the latent
     space), whichever costs fewer FLOPs: a static choice by T and S.
@@ -165,43 +194,113 @@ class LatentAttention(nn.Module):
       mask: [B, T, S] bool.
       context: facts about the T tokens.
       bias: [B, T, S] float32 added to the scores of every head, or None.
-      causal: whether the S tokens are the T tokens, in order, and the mask hides later ones.
 
     Returns:
       [B, T, H, V] outputs of the heads, for `project`.
     """
     c = self.config
-    (query_nope, query_rope), (latent, rope_key) = query, key
-    shape = (c.latent, c.heads, c.nope_dim + c.value_dim)
-    up = weight(self, 'key_value_up', shape, ('latent', 'heads', None), dtype=query_nope.dtype)
-    latent, rope_key = latent.astype(up.dtype), rope_key.astype(up.dtype)
-    queries, keys = mask.shape[1:]
-    if absorbing_is_cheaper(c, queries, keys):
-      up_key, up_value = up[..., : c.nope_dim], up[..., c.nope_dim :]
-      query_latent = jnp.einsum('bthk,chk->bthc', query_nope, up_key)
+    if not absorbing_is_cheaper(c, *mask.shape[1:]):
+      whole_query, whole_key, value = self.expand(query, key)
+      heads = attend(whole_query, whole_key, value, mask, scale=c.softmax_scale, bias=bias)
+    else:
+      (_, query_rope), (latent, rope_key) = query, key
+      query_latent, up_value = self.absorb(query[0])
+      latent, rope_key = (x.astype(query_latent.dtype) for x in (latent, rope_key))
       mixed = attend_latent(
         query_latent, query_rope, latent, rope_key, mask, scale=c.softmax_scale, bias=bias
       )
       heads = jnp.einsum('bthc,chv->bthv', mixed, up_value)
-    else:
-      # One product for keys and values: it runs faster than two half as wide.
-      both = jnp.einsum('bsc,chk->bshk', latent, up)
-      key_nope, value = both[..., : c.nope_dim], both[..., c.nope_dim :]
-      shared = jnp.broadcast_to(rope_key[:, :, None], (*key_nope.shape[:3], c.rope_dim))
-      whole_query = jnp.concatenate([query_nope, query_rope], axis=-1)
-      whole_key = jnp.concatenate([key_nope, shared], axis=-1)
-      if causal and bias is None:
-        heads = attend_causal(whole_query, whole_key, value, mask, c.softmax_scale)
-      else:
-        heads = attend(whole_query, whole_key, value, mask, scale=c.softmax_scale, bias=bias)
     return context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
+
+  def mix_seen(
+    self,
+    query,
+    key,
+    seen: Seen,
+    context: Context,
+    window: tuple[int, int] | None = None,
+    in_order: bool = False,
+  ) -> jax.Array:
+    """Attends from T queries to S tokens, without a mask of all pairs in memory.
+
+    Args:
+      query: the pair that `queries` returns.
+      key: the pair that `latents` returns, or what a cache remembers of it.
+      seen: which tokens each query may see.
+      context: facts about the T tokens.
+      window: (size, n): only the last `size` positions are seen, and those below n.
+      in_order: promises that the S tokens are the queries' own; see `attend_blocked`.
+
+    Returns:
+      [B, T, H, V] outputs of the heads, for `project`.
+    """
+    c, tokens, keys = self.config, query[0].shape[1], key[0].shape[1]
+    mix = functools.partial(attend_blocked, scale=c.softmax_scale, window=window)
+    if in_order or not absorbing_is_cheaper(c, tokens, keys):
+      heads = mix(*self.expand(query, key), seen, in_order=in_order)
+    elif tokens <= FEW:
+      mask = visible(*seen)
+      if window is not None:
+        mask &= window_mask(seen.query_positions, seen.key_positions, *window)
+      return self.mix(query, key, mask, context)
+    else:
+      query_latent, up_value = self.absorb(query[0])
+      rows = jnp.concatenate(key, axis=-1).astype(query_latent.dtype)[:, :, None]
+      whole = jnp.concatenate([query_latent, query[1]], axis=-1)
+      mixed = mix(whole, rows, rows[..., : c.latent], seen)
+      heads = jnp.einsum('bthc,chv->bthv', mixed, up_value)
+    return context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
+
+  def absorb(self, query: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Brings queries [B, T, H, nope] to the latent space [B, T, H, C].
+
+    Returns:
+      Them, and what brings mixed latents to values [C, H, V].
+    """
+    up = self.up(query.dtype)
+    up_key, up_value = up[..., : self.config.nope_dim], up[..., self.config.nope_dim :]
+    return jnp.einsum('bthk,chk->bthc', query, up_key), up_value
+
+  def up(self, dtype: DTypeLike) -> jax.Array:
+    """Declares what brings a latent to the keys and values of all heads [C, H, nope + V]."""
+    c = self.config
+    shape = (c.latent, c.heads, c.nope_dim + c.value_dim)
+    return weight(self, 'key_value_up', shape, ('latent', 'heads', None), dtype=dtype)
+
+  def expand(self, query, key) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries and keys with both parts [B, T, H, nope + R], and values [B, S, H, V]."""
+    whole_query = jnp.concatenate(query, axis=-1)
+    return whole_query, *expand_latents(self.config, key, self.up(whole_query.dtype))
 
   def project(self, heads: jax.Array, width: int) -> jax.Array:
     """Brings head outputs [B, T, H, V] back to [B, T, D]."""
+    return jnp.einsum('bthv,hvd->btd', heads, self.output_matrix(width, heads.dtype))
+
+  def output_matrix(self, width: int, dtype: DTypeLike) -> jax.Array:
+    """Declares what brings head outputs back to `width` channels [H, V, D]."""
     shape = (self.config.heads, self.config.value_dim, width)
-    axes = ('heads', None, 'embed')
-    w = weight(self, 'output', shape, axes, dtype=heads.dtype, inputs=2)
-    return jnp.einsum('bthv,hvd->btd', heads, w)
+    return weight(self, 'output', shape, ('heads', None, 'embed'), dtype=dtype, inputs=2)
+
+
+def expand_latents(
+  config: Latent, key: tuple[jax.Array, jax.Array], up: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Makes keys and values of every head: the fewest FLOPs a pair.
+
+  Args:
+    config: sizes.
+    key: latents [B, S, C] and rotated keys [B, S, R].
+    up: [C, H, nope + V].
+
+  Returns:
+    Keys [B, S, H, nope + R] and values [B, S, H, V].
+  """
+  latent, rope_key = (x.astype(up.dtype) for x in key)
+  # One product for keys and values: it runs faster than two half as wide.
+  both = jnp.einsum('bsc,chk->bshk', latent, up)
+  nope, value = both[..., : config.nope_dim], both[..., config.nope_dim :]
+  shared = jnp.broadcast_to(rope_key[:, :, None], (*nope.shape[:3], config.rope_dim))
+  return jnp.concatenate([nope, shared], axis=-1), value
 
 
 def absorbing_is_cheaper(config: Latent, queries: int, keys: int) -> bool:
@@ -243,13 +342,11 @@ class MLAttention(LatentAttention):
     """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
     query = self.queries(x, context)
     key = self.latents(x, context)
-    positions, segments = context.positions, context.segments
+    positions = context.positions
     if cache is None:
-      mask = visible(positions, positions, segments, segments)
+      heads = self.mix_seen(query, key, context.own(), context, in_order=True)
     else:
-      slots = jnp.where(context.real, positions, cache.positions.shape[1])
-      cache = cache.write(slots, *key, positions)
+      cache = cache.write(context.slots(cache.positions.shape[1]), *key, positions)
       key = (cache.latent, cache.rope_key)
-      mask = visible(positions, cache.positions)
-    heads = self.mix(query, key, mask, context, causal=cache is None)
+      heads = self.mix_seen(query, key, Seen(positions, cache.positions), context)
     return self.project(heads, x.shape[-1]), cache

@@ -81,10 +81,17 @@ class RoPE:
 
   def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """Turns `x` [B, T, ..., R] to `positions` [B, T]."""
-    magnitude = 1.0
-    if self.yarn is not None:
-      factor = self.yarn.factor
-      magnitude = ops.yarn_magnitude(factor, self.yarn.mscale) / ops.yarn_magnitude(
-        factor, self.yarn.mscale_all
-      )
-    return ops.rotate(x, positions, self.frequencies(x.shape[-1]), magnitude)
+    return ops.rotate(x, positions, self.frequencies(x.shape[-1]), self._magnitude)
+
+  def rotate_halves(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Turns `x` [B, T, ..., R], whose pairs are channels (k, k + R / 2), to `positions` [B, T]."""
+    return ops.rotate_halves(x, positions, self.frequencies(x.shape[-1]), self._magnitude)
+
+  @property
+  def _magnitude(self) -> float:
+    if self.yarn is None:
+      return 1.0
+    factor = self.yarn.factor
+    return ops.yarn_magnitude(factor, self.yarn.mscale) / ops.yarn_magnitude(
+      factor, self.yarn.mscale_all
+    )

@@ -17,15 +17,15 @@ from deepseek_jax.layers.attention.latent import (
   empty_latent_cache,
 )
 from deepseek_jax.layers.context import Context
-from deepseek_jax.ops.attention.reference import visible, window_mask
+from deepseek_jax.ops.attention.reference import Seen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Window(Latent):
   """Latent attention to the last `size` tokens and the first `sinks`.
 
-  The dense reference: every score is computed, those outside are masked. The cache, though, holds
-  only what can still be seen.
+  Blocks of keys outside are not looked at, in training either; the cache holds only what can still
+  be seen.
 
   Attributes:
     size: tokens in the window, the query's own among them.
@@ -75,20 +75,17 @@ class WindowAttention(LatentAttention):
     size, sinks = self.config.size, self.config.sinks
     query = self.queries(x, context)
     new = self.latents(x, context)
-    positions, segments = context.positions, context.segments
+    positions = context.positions
     if cache is None:
-      key, key_positions = new, positions
-      mask = visible(positions, positions, segments, segments)
+      heads = self.mix_seen(query, new, context.own(), context, (size, sinks), in_order=True)
     else:
       # A block of queries may be longer than the ring: attend to what the ring holds and to the
       # block itself, then write.
       own = jnp.where(context.real, positions, -1)
       key_positions = jnp.concatenate([cache.positions, own], axis=1)
       key = (_extend(cache.latent, new[0]), _extend(cache.rope_key, new[1]))
-      mask = visible(positions, key_positions)
       cache = cache.write(self.slots(own, cache.positions.shape[1]), *new, positions)
-    mask &= window_mask(positions, key_positions, size, sinks)
-    heads = self.mix(query, key, mask, context, causal=cache is None)
+      heads = self.mix_seen(query, key, Seen(positions, key_positions), context, (size, sinks))
     return self.project(heads, x.shape[-1]), cache
 
   def slots(self, positions: jax.Array, slots: int) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.bidirectional import Bidirectional
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.norm import RMSNorm
@@ -43,11 +43,7 @@ class Patch2D:
   norm: RMSNorm = RMSNorm()
 
   def __post_init__(self):
-    errors = [
-      f'`{name}` is {size}; expected 1 or more'
-      for name in ('size', 'patch', 'merge', 'width', 'depth')
-      if (size := getattr(self, name)) < 1
-    ]
+    errors = wrong_sizes(self, ('size', 'patch', 'merge', 'width', 'depth'))
     if not errors and self.size % (self.patch * self.merge):
       errors.append(
         f'`size` is {self.size}, not a multiple of `patch` · `merge` = {self.patch * self.merge}'

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,23 +9,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.layers.weights import weight
+from deepseek_jax.layers.weights import Met, weight
 from deepseek_jax.ops.experts import ExpertWeights
 
 INWARD = ('expert', 'expert_embed', 'expert_mlp')
 OUTWARD = ('expert', 'expert_mlp', 'expert_embed')
-
-
-class Met(NamedTuple):
-  """What one token does with a parameter array of the experts.
-
-  Attributes:
-    share: the share of its parameters that the token's experts are made of.
-    products: how many times over the token is multiplied with that share.
-  """
-
-  share: float
-  products: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

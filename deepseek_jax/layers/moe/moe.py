@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from deepseek_jax.core.config import ConfigError
+from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import Remembering, SwiGLU
 from deepseek_jax.layers.moe.balance import (
@@ -85,11 +85,7 @@ class MoE:
   breaker: Breaker | None = None
 
   def __post_init__(self):
-    errors = [
-      f'`{name}` is {size}; expected 1 or more'
-      for name in ('experts', 'top_k', 'hidden', 'shared')
-      if (size := getattr(self, name)) is not None and size < 1
-    ]
+    errors = wrong_sizes(self, ('experts', 'top_k', 'hidden', 'shared'))
     if not errors and self.top_k > self.experts:
       errors.append(f'`top_k` is {self.top_k}, more than the {self.experts} `experts` there are')
     if not errors:

@@ -1,5 +1,8 @@
 """Masks, and plain softmax attention that holds every score: the reference of all kinds."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,42 @@ import numpy as np
 MASKED = -1e30
 """Score of a pair that may not attend. Finite, so that a row without any visible key (padding)
 gives finite numbers and finite gradients."""
+
+
+class Seen(NamedTuple):
+  """Who sees whom, by positions and segments: a mask of [B, T, S] without its memory.
+
+  `visible(*seen)` is its meaning. Where all positions are 0, order does not count and every query
+  sees all keys of its segment.
+
+  Attributes:
+    query_positions: [B, T] int32.
+    key_positions: [B, S] int32; negative marks an empty slot of a cache, which nobody sees.
+    query_segments: [B, T] int32 packed document of each query, or None where rows are not packed.
+    key_segments: [B, S] int32, or None; both or neither.
+  """
+
+  query_positions: jax.Array
+  key_positions: jax.Array
+  query_segments: jax.Array | None = None
+  key_segments: jax.Array | None = None
+
+  def map(
+    self,
+    queries: Callable[[jax.Array], jax.Array],
+    keys: Callable[[jax.Array], jax.Array],
+  ) -> 'Seen':
+    """Returns it with functions applied to what it says of queries [B, T] and of keys [B, S]."""
+    return Seen(
+      queries(self.query_positions),
+      keys(self.key_positions),
+      None if self.query_segments is None else queries(self.query_segments),
+      None if self.key_segments is None else keys(self.key_segments),
+    )
+
+  def at(self, rows: jax.Array | slice) -> 'Seen':
+    """Keeps some of the queries; a slice, or [n] int32."""
+    return self.map(lambda x: jnp.asarray(x)[:, rows], lambda x: x)
 
 
 def visible(
@@ -61,6 +100,60 @@ def attend(
   scores = jnp.einsum('bthk,bshk->bhts', query, key, preferred_element_type=jnp.float32)
   weights = _softmax(scores * scale, mask, bias).astype(value.dtype)
   return jnp.einsum('bhts,bshv->bthv', weights, value)
+
+
+def attend_seen(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  seen: Seen,
+  *,
+  scale: float,
+  key_bias: jax.Array | None = None,
+  sinks: jax.Array | None = None,
+  window: tuple[int, int] | None = None,
+) -> jax.Array:
+  """Softmax attention of H query heads to G heads of keys and values, all of it in float32.
+
+  Slow and obvious: the twin of every fast form.
+
+  Args:
+    query: [B, T, H, K].
+    key: [B, S, G, K]; G divides H, and query head h has the keys of head h // (H / G).
+    value: [B, S, G, V].
+    seen: which key each query may see.
+    scale: factor on the scores.
+    key_bias: [B, S] float32 added to every score of a key, or None.
+    sinks: [H] float32 logit of each head that takes part in the softmax without a value, or None.
+    window: (size, n): a query sees the last `size` positions up to its own and the positions below
+      n; None for no window.
+
+  Returns:
+    [B, T, H, V] in the dtype of `value`; zero where a query sees no key.
+
+  Source: Vaswani et al., arXiv 1706.03762, equation 1; groups: Ainslie et al., arXiv 2305.13245;
+    sinks in the denominator: OpenAI, gpt-oss, arXiv 2508.10925.
+  """
+  mask = visible(*seen)
+  if window is not None:
+    mask &= window_mask(seen.query_positions, seen.key_positions, *window)
+  heads, groups = query.shape[2], key.shape[2]
+  q, k, v = (x.astype(jnp.float32) for x in (query, key, value))
+  k, v = (jnp.repeat(x, heads // groups, axis=2) for x in (k, v))
+  scores = jnp.einsum('bthk,bshk->bhts', q, k) * scale
+  if key_bias is not None:
+    scores += key_bias[:, None, None, :]
+  scores = jnp.where(mask[:, None], scores, MASKED)
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  if sinks is not None:
+    top = jnp.maximum(top, sinks[:, None, None])
+  top = jax.lax.stop_gradient(top)
+  weights = jnp.where(mask[:, None], jnp.exp(scores - top), 0.0)
+  total = jnp.sum(weights, axis=-1, keepdims=True)
+  if sinks is not None:
+    total += jnp.exp(sinks[:, None, None] - top)
+  weights /= jnp.where(total > 0, total, 1.0)
+  return jnp.einsum('bhts,bshv->bthv', weights, v).astype(value.dtype)
 
 
 def attend_latent(

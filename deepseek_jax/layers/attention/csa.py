@@ -1,0 +1,165 @@
+"""Compressed sparse attention: a window, and the entries that an indexer finds worth a look."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+
+from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.attention.compressor import (
+  COMPRESSED_AXES,
+  Compressed,
+  Compressor,
+  empty_compressed,
+)
+from deepseek_jax.layers.attention.hca import COMPRESSED_ROPE, seen_entries
+from deepseek_jax.layers.attention.indexer import Index, add_indexer_loss
+from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.shared_window import (
+  RECENT_AXES,
+  Recent,
+  Shared,
+  SharedAttention,
+  one_sequence,
+)
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.attention.divergence import selected_divergence
+from deepseek_jax.ops.attention.gathered import KeySets
+from deepseek_jax.ops.attention.reference import Seen
+from deepseek_jax.ops.attention.select import select_top_k
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CSA(Shared):
+  """Attention to a window of tokens and to the `top_k` entries that an indexer scores highest.
+
+  An entry pools a block of `ratio` tokens and the block before it. The indexer has entries of its
+  own. No loss reaches it through the choice, so it has one of its own: the KL of its scores of the
+  chosen entries from the attention that goes to them, as in V3.2. It learns from nothing else, and
+  nothing else learns from it.
+
+  Attributes:
+    ratio: tokens r of a block.
+    top_k: entries k that a query attends to.
+    index_heads: heads J of the indexer.
+    index_dim: channels of an index head, of which the last `rope_dim` are rotated.
+    index_loss: factor on the indexer's loss: its mean KL a token; 0 leaves it as it is.
+
+  Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.1; the loss: DeepSeek-V3.2-Exp, equation 4.
+  """
+
+  ratio: int = 4
+  top_k: int = 512
+  index_heads: int = 64
+  index_dim: int = 128
+  index_loss: float = 1.0
+  rope: RoPE = COMPRESSED_ROPE
+
+  def __post_init__(self):
+    super().__post_init__()
+    errors = []
+    if self.rope_dim > self.index_dim:
+      errors.append(f'`rope_dim` {self.rope_dim} is more than `index_dim` {self.index_dim}')
+    if self.index_loss < 0:
+      errors.append(f'`index_loss` is {self.index_loss}; expected 0 or more')
+    if errors:
+      raise ConfigError(errors)
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return CSAttention(self, name=name)
+
+  def mixing_flops(self, length: int) -> float:
+    """Forward FLOPs a token over `length` causal tokens, on average: attention and index scores."""
+    seen = seen_entries(length, self.ratio)
+    attended = float(np.mean(np.minimum(seen, self.top_k)))
+    scores = self.index_heads * (2 * self.index_dim + 2) * float(np.mean(seen))
+    return super().mixing_flops(length) + 4 * self.heads * self.head_dim * attended + scores
+
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'CSACache':
+    """Returns an empty cache: the window, and two entries for every `ratio` of `length` tokens."""
+    past, index = (
+      empty_compressed(batch, length, dim, self.ratio, 2, dtype)
+      for dim in (self.head_dim, self.index_dim)
+    )
+    return CSACache(recent=self.empty_recent(batch, length, dtype), past=past, index=index)
+
+  def cache_axes(self) -> 'CSACache':
+    """Returns the logical axes of the cache."""
+    return CSACache(recent=RECENT_AXES, past=COMPRESSED_AXES, index=COMPRESSED_AXES)
+
+
+@struct.dataclass
+class CSACache:
+  """The last tokens [B, W, C], the entries [B, N, C] of all, and those of the indexer."""
+
+  recent: Recent
+  past: Compressed
+  index: Compressed
+
+
+class CSAttention(SharedAttention):
+  """[B, T, D] -> [B, T, D], over a cache that grows by two entries every `ratio` tokens."""
+
+  config: CSA
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, context: Context, cache: Cache | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
+    context = context if cache is None else one_sequence(context)
+    old = (None,) * 3 if cache is None else (cache.recent, cache.past, cache.index)
+    latent, query = self.queries(x, context)
+    tokens, recent = self.recall(self.keys(x, context), context, old[0])
+    with jax.named_scope('compress'):
+      entries, past = self.compressor(self.config.head_dim, 'compressor')(x, context, old[1])
+    indices, scorer, index = self.choose(x, latent, context, old[2])
+    heads, mass = self.attend(query, context, tokens, entries, indices)
+    learning = self.is_mutable_collection('losses') and not self.is_initializing()
+    if learning and cache is None and mass is not None and self.config.index_loss:
+      with jax.named_scope('divergence'):
+        gap = selected_divergence(*scorer, KeySets(indices), mass)
+      add_indexer_loss(self, gap, context, self.config.index_loss)
+    y = self.project(heads, x.shape[-1])
+    if recent is None or past is None or index is None:
+      return y, None
+    return y, CSACache(recent=recent, past=past, index=index)
+
+  def compressor(self, dim: int, name: str) -> Compressor:
+    """Returns the module that makes entries of `dim` channels."""
+    c = self.config
+    return Compressor(dim, c.ratio, 2, c.rope_dim, c.rope, c.norm, name=name)
+
+  def choose(
+    self, x: jax.Array, latent: jax.Array, context: Context, past: Compressed | None
+  ) -> tuple[jax.Array, Index, Compressed | None]:
+    """Returns the entries of each query, [B, T, k] int32, by what, and the indexer's memory.
+
+    Args:
+      x: [B, T, D].
+      latent: [B, T, Q] query latent.
+      context: facts about the T tokens.
+      past: what the indexer remembers, or None.
+    """
+    c = self.config
+    x, latent = jax.lax.stop_gradient((x, latent))
+    with jax.named_scope('indexer'):
+      keys, after = self.compressor(c.index_dim, 'index_compressor')(x, context, past)
+      shape = (c.query_latent, c.index_heads, c.index_dim)
+      up = weight(self, 'index_query', shape, ('latent', 'heads', None), dtype=x.dtype)
+      query = self.rotate(jnp.einsum('btq,qjc->btjc', latent, up), context.positions)
+      width = x.shape[-1]
+      mix = weight(self, 'index_weights', (width, c.index_heads), ('embed', None), dtype=x.dtype)
+      weights = jnp.einsum('btd,dj->btj', x, mix, preferred_element_type=jnp.float32)
+      weights *= (c.index_heads * c.index_dim) ** -0.5
+    seen = Seen(context.positions, keys.positions, context.segments, keys.segments)
+    most = min(c.top_k, keys.rows.shape[1])
+    scorer = Index(query, keys.rows, weights)
+    return select_top_k(*scorer, seen, most), scorer, after

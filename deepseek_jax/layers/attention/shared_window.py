@@ -1,0 +1,252 @@
+"""Attention whose key is its value and serves all heads: a window of it, and what kinds share."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
+
+from deepseek_jax.core.config import ConfigError, wrong_sizes
+from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.weights import vector, weight
+from deepseek_jax.ops.attention.compressed import Keys, attend_compressed
+from deepseek_jax.ops.norm import rms_norm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shared:
+  """Sizes of attention over one shared key a token; kinds that derive from it have these weights.
+
+  Attributes:
+    heads: query heads H.
+    head_dim: channels C of a query and of the one key, which is the value too.
+    rope_dim: last channels of both that are rotated.
+    query_latent: channels of the query latent.
+    groups: groups of neighbouring heads that are projected together.
+    group_dim: channels of a group's projection.
+    window: tokens that are seen as they are, the query's own among them.
+    rope: rotary embedding.
+    norm: norm of the latent, the key and, without a scale, of each head's query.
+
+  Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.
+  """
+
+  heads: int
+  head_dim: int = 512
+  rope_dim: int = 64
+  query_latent: int = 1024
+  groups: int = 8
+  group_dim: int = 1024
+  window: int = 128
+  rope: RoPE = RoPE()
+  norm: RMSNorm = RMSNorm()
+
+  def __post_init__(self):
+    sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
+    errors = wrong_sizes(self, tuple(sizes))
+    if self.rope_dim % 2 or self.rope_dim > self.head_dim:
+      errors.append(
+        f'`rope_dim` is {self.rope_dim}; expected an even part of `head_dim` {self.head_dim}'
+      )
+    if self.groups > 0 and self.heads % self.groups:
+      errors.append(f'`groups` is {self.groups}; it does not divide `heads` {self.heads}')
+    if errors:
+      raise ConfigError(errors)
+
+  def window_tokens(self, length: int) -> float:
+    """Mean number of tokens in the window of a token of a `length`-token segment."""
+    return float(np.mean(np.minimum(np.arange(1, length + 1), self.window)))
+
+  def mixing_flops(self, length: int) -> float:
+    """Forward FLOPs a token of scores and values over `length` causal tokens, on average."""
+    return 4 * self.heads * self.head_dim * self.window_tokens(length)
+
+  def empty_recent(self, batch: int, length: int, dtype: DTypeLike) -> 'Recent':
+    """Returns the memory of the last tokens that a window reaches back to, holding nothing."""
+    slots = min(self.window, length)
+    return Recent(
+      keys=jnp.zeros((batch, slots, self.head_dim), dtype),
+      positions=jnp.full((batch, slots), -1, jnp.int32),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedWindow(Shared):
+  """Sliding-window attention over one shared key a token, with a learned sink in each head.
+
+  Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.3.
+  """
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return SharedWindowAttention(self, name=name)
+
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'Recent':
+    """Returns an empty cache of the last `window` tokens."""
+    return self.empty_recent(batch, length, dtype)
+
+  def cache_axes(self) -> 'Recent':
+    """Returns the logical axes of the cache."""
+    return RECENT_AXES
+
+
+@struct.dataclass
+class Recent:
+  """The last tokens of each row, the newest in the last slot.
+
+  Attributes:
+    keys: [B, W, C] rotated keys.
+    positions: [B, W] int32; -1 where there is none.
+  """
+
+  keys: jax.Array
+  positions: jax.Array
+
+
+RECENT_AXES = Recent(
+  keys=('batch', None, None),  # type: ignore[arg-type]
+  positions=('batch', None),  # type: ignore[arg-type]
+)
+
+
+def latest(old: jax.Array, new: jax.Array, real: jax.Array) -> jax.Array:
+  """Drops the oldest of `old` [B, P, …] for the tokens of `new` [B, T, …] that are `real` [B, T].
+
+  What is not real comes last in a row.
+  """
+  both = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
+  places = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(old.shape[1])
+  return jax.vmap(lambda x, i: x[i])(both, places)
+
+
+def one_sequence(context: Context) -> Context:
+  """Forgets packing, as every row with a cache does: its real tokens are of segment 1."""
+  return dataclasses.replace(context, segments=context.real.astype(jnp.int32))
+
+
+class SharedAttention(nn.Module):
+  """Projections of attention over one shared key a token; kinds say what else is seen."""
+
+  config: Shared
+
+  def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Rotates the last channels of `x` [B, T, …, C] to `positions` [B, T]."""
+    rest = x.shape[-1] - self.config.rope_dim
+    turned = self.config.rope.rotate(x[..., rest:], positions)
+    return jnp.concatenate([x[..., :rest], turned], axis=-1)
+
+  def queries(self, x: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
+    """Returns the query latent [B, T, Q], normalised, and rotated queries [B, T, H, C]."""
+    c, width = self.config, x.shape[-1]
+    down = weight(self, 'query_down', (width, c.query_latent), ('embed', None), dtype=x.dtype)
+    latent = c.norm.build('query_norm')(jnp.einsum('btd,dc->btc', x, down))
+    shape = (c.query_latent, c.heads, c.head_dim)
+    up = weight(self, 'query_up', shape, ('latent', 'heads', None), dtype=x.dtype)
+    query = jnp.einsum('btq,qhc->bthc', latent, up)
+    query = rms_norm(query, jnp.ones(c.head_dim), c.norm.epsilon)
+    query = context.rules.constrain(query, ('batch', 'seq', 'act_heads', None))
+    return latent, self.rotate(query, context.positions)
+
+  def keys(self, x: jax.Array, context: Context) -> jax.Array:
+    """Returns the normalised, rotated key of each token [B, T, C]."""
+    shape = (x.shape[-1], self.config.head_dim)
+    w = weight(self, 'key', shape, ('embed', None), dtype=x.dtype)
+    key = self.config.norm.build('key_norm')(jnp.einsum('btd,dc->btc', x, w))
+    return self.rotate(key, context.positions)
+
+  def recall(
+    self, key: jax.Array, context: Context, recent: Recent | None
+  ) -> tuple[Keys, Recent | None]:
+    """Returns the tokens [B, P + T, C] that windows look into, and the memory after them."""
+    if recent is None:
+      return Keys(key, context.positions, context.segments), None
+    own = jnp.where(context.real, context.positions, -1)
+    positions = jnp.concatenate([recent.positions, own], axis=1)
+    rows = jnp.concatenate([recent.keys.astype(key.dtype), key], axis=1)
+    after = Recent(
+      keys=latest(recent.keys, key, context.real),
+      positions=latest(recent.positions, own, context.real),
+    )
+    return Keys(rows, positions, jnp.where(positions < 0, 0, 1)), after
+
+  def attend(
+    self,
+    query: jax.Array,
+    context: Context,
+    tokens: Keys,
+    entries: Keys | None = None,
+    indices: jax.Array | None = None,
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """Mixes the window and entries.
+
+    Args:
+      query: [B, T, H, C].
+      context: facts about the T tokens.
+      tokens: from `recall`.
+      entries: what stands for older tokens, or None.
+      indices: [B, T, k] int32 entries that each query sees; None is all before it.
+
+    Returns:
+      [B, T, H, C], turned back to position 0; and the attention to the entries of `indices`, summed
+      over heads, [B, T, k] float32, or None.
+    """
+    c = self.config
+    sinks = vector(self, 'sinks', np.zeros(c.heads, np.float32), ('heads',))
+    heads, mass = attend_compressed(
+      query,
+      context.positions,
+      context.segments,
+      tokens,
+      entries,
+      indices,
+      window=c.window,
+      sinks=sinks,
+    )
+    heads = context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
+    # A value is a rotated key: turned back by the query's position, it carries the distance alone.
+    return self.rotate(heads, -context.positions), mass
+
+  def project(self, heads: jax.Array, width: int) -> jax.Array:
+    """Brings head outputs [B, T, H, C] back to [B, T, D], group by group."""
+    c = self.config
+    shape = (c.heads, c.head_dim, c.group_dim)
+    # A group's matrix maps its own heads alone: its fan-in is that of the whole over the groups.
+    down = weight(
+      self,
+      'output_down',
+      shape,
+      ('heads', None, None),
+      dtype=heads.dtype,
+      inputs=2,
+      gain=c.groups**0.5,
+    )
+    down = down.reshape(c.groups, c.heads // c.groups, c.head_dim, c.group_dim)
+    grouped = heads.reshape(*heads.shape[:2], c.groups, c.heads // c.groups, c.head_dim)
+    latent = jnp.einsum('btghc,ghco->btgo', grouped, down)
+    up = weight(
+      self, 'output_up', (c.groups * c.group_dim, width), (None, 'embed'), dtype=heads.dtype
+    )
+    return latent.reshape(*latent.shape[:2], -1) @ up
+
+
+class SharedWindowAttention(SharedAttention):
+  """[B, T, D] -> [B, T, D], over a cache of the last tokens."""
+
+  config: SharedWindow
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, context: Context, cache: Cache | None = None
+  ) -> tuple[jax.Array, Cache | None]:
+    """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
+    context = context if cache is None else one_sequence(context)
+    _, query = self.queries(x, context)
+    tokens, cache = self.recall(self.keys(x, context), context, cache)
+    heads, _ = self.attend(query, context, tokens)
+    return self.project(heads, x.shape[-1]), cache

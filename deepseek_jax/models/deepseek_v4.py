@@ -1,0 +1,84 @@
+"""The attention plan of the DeepSeek-V4 family: kinds that take turns from layer to layer."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from deepseek_jax.core.config import ConfigError, wrong_sizes
+from deepseek_jax.layers.attention.csa import CSA
+from deepseek_jax.layers.attention.hca import HCA
+from deepseek_jax.layers.attention.shared_window import SharedWindow
+from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.hyper_connections import HyperConnections
+from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.residual import Add
+from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.plan import Block
+from deepseek_jax.models.remat import Remat
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeepSeekV4:
+  """A decoder whose layers compress their past by turns lightly and heavily.
+
+  The first layers have an attention of their own; after them, sparse and heavy ones alternate. All
+  layers have one feed-forward: the hash routing of the released model's first layers is a router of
+  its own, and its multi-token prediction, which reads the lanes before the head, is not here.
+
+  Attributes:
+    depth: layers L.
+    width: channels D of the residual stream.
+    vocab: entries V of the vocabulary.
+    first: attention of the first layers.
+    sparse: attention of every second layer after them, the first of these among them.
+    heavy: attention of the others.
+    feed_forward: feed-forward of every layer.
+    first_layers: how many layers have the attention `first`.
+    residual: how sublayers join the stream.
+    norm: norm before each sublayer and at the end.
+
+  Source: DeepSeek-V4, arXiv 2606.19348, section 2; the released `compress_ratios`.
+  """
+
+  depth: int
+  width: int
+  vocab: int
+  first: SharedWindow | HCA
+  sparse: CSA
+  heavy: HCA
+  feed_forward: MoE | SwiGLU
+  first_layers: int = 2
+  residual: HyperConnections | Add = HyperConnections()
+  norm: RMSNorm = RMSNorm()
+
+  def __post_init__(self):
+    errors = wrong_sizes(self, ('depth', 'width', 'vocab'))
+    if not 0 <= self.first_layers <= self.depth:
+      errors.append(f'`first_layers` is {self.first_layers}; expected 0 to `depth` {self.depth}')
+    if errors:
+      raise ConfigError(errors)
+
+  @property
+  def mtp(self) -> None:
+    """None: no module looks further ahead."""
+    return None
+
+  def layers(self) -> list[Block]:
+    """Returns the layers, first to last."""
+    turns = (self.sparse, self.heavy)
+    rest = [turns[place % 2] for place in range(self.depth - self.first_layers)]
+    return [
+      Block(
+        attention=attention,
+        feed_forward=self.feed_forward,
+        residual=self.residual,
+        norm=self.norm,
+      )
+      for attention in [self.first] * self.first_layers + rest
+    ]
+
+  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+    """Returns the module: tokens [B, T] -> hidden states [B, T, D]."""
+    return Decoder(self, dtype, remat)
