@@ -77,6 +77,7 @@ setuptools.setup(
       'mypy>=1.18',
       'pytest>=8.4',
       'pytest-timeout>=2.4',
+      'pytest-xdist>=3.8',
       'ruff>=0.14',
       'setuptools>=77',
       # Elsewhere there is no wheel, and its source distribution fetches a programme while building.

@@ -22,6 +22,7 @@ Measures a trained model on held-out text.
 Prints bits per byte of the whole held-out text, and what five yardsticks need for the same text.
 For a run on captioned pictures: how well held-out captions are predicted from their own picture and
 from another one, and how many keywords of the model's own captions are right.
+For a run that learns to recall: how many answers are right, by how far back they lie.
 """
 
 WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
@@ -38,7 +39,9 @@ def main() -> None:
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.core.serialise import from_json
   from deepseek_jax.data.captions import CaptionData
+  from deepseek_jax.data.recall import RecallData
   from deepseek_jax.infer.caption_score import measure_captions
+  from deepseek_jax.lab.recall import recall_by_distance, recall_table
   from deepseek_jax.train.checkpoint_reader import (
     read_params,
     require_equal_trees,
@@ -76,8 +79,15 @@ def main() -> None:
   data = experiment.data.prepare(cache)
   name = f'{experiment.name}, step {step}'
   params, buffers = place(params, state.params), place(buffers, state.buffers)
+  variables = {'params': params, 'buffers': buffers}
+  if isinstance(data, RecallData):
+    result = evaluate(program, params, buffers, data.heldout)
+    print(
+      f'{name}: {result.accuracy:.1%} of {result.targets:,} answers right, {result.loss:.4f} nats '
+      f'an answer\n\n{recall_table(recall_by_distance(program.decoder, variables, data))}'
+    )
+    return
   if isinstance(data, CaptionData):
-    variables = {'params': params, 'buffers': buffers}
     figures = measure_captions(program.decoder, variables, data)
     write_json(workdir.path / 'captions.json', {'step': step, **figures})
     print(caption_report(name, figures))
@@ -97,7 +107,8 @@ def evaluate_text(name: str, result: Any, data: Any, workdir: Any, cache: pathli
   print(report(name, result.bits_per_byte, figures))
   print(
     f'{data.heldout.text_bytes:,} bytes of {data.heldout.documents} held-out documents, '
-    f'{result.targets:,} tokens, {result.loss:.4f} nats a token'
+    f'{result.targets:,} tokens, {result.loss:.4f} nats a token, '
+    f'{result.accuracy:.1%} of them found likeliest'
   )
   if result.mtp_acceptance is not None:
     print(

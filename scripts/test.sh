@@ -2,6 +2,8 @@
 # Sets up, then checks the whole project: ruff, mypy, shellcheck, hadolint, and last the tests.
 #
 #   scripts/test.sh [PYTEST ARGUMENT…]      for example: scripts/test.sh tests/core -x
+#   scripts/test.sh -m slow                 the long tests, which are left out otherwise
+#   scripts/test.sh -n0 --pdb …             in one process, as a debugger needs it
 #
 # Every check runs even if one before it failed, so that all findings are seen at once; the tests run
 # only when the checks are clean. No network is needed once scripts/setup.sh has run.
@@ -40,4 +42,5 @@ if [[ -n $failed ]]; then
   printf 'test.sh: failed: %s\n' "${failed#, }" >&2
   exit 1
 fi
-exec "$bin/python" -m pytest "$@"
+# A file of tests stays with one process: what its fixtures make is made once.
+exec "$bin/python" -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile "$@"

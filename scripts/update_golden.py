@@ -25,7 +25,18 @@ if TYPE_CHECKING:
   from deepseek_jax.train.experiment import Experiment
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'golden'
-TINY = ('tiny_mla', 'tiny_window', 'tiny_gated', 'tiny_caption')
+TINY = (
+  'tiny_mla',
+  'tiny_window',
+  'tiny_gated',
+  'tiny_mha',
+  'tiny_nsa',
+  'tiny_top_k',
+  'tiny_dsa',
+  'tiny_mhc',
+  'tiny_v4_attention',
+  'tiny_caption',
+)
 CONFIGS = (*TINY, 'quickstart', 'image_caption', 'ladder')
 DEVICES = 8
 LAID_OUT = tuple(name for name in CONFIGS if name != 'ladder')

@@ -13,6 +13,8 @@ DEVICES = 8
 _FLAG = f'--xla_force_host_platform_device_count={DEVICES}'
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}'.strip()
 os.environ['JAX_PLATFORMS'] = 'cpu'
+# A test compiles more than it computes. Set it to 0 to test what a user's programs are.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 # Programs that several tests (and the processes they start) compile alike are compiled once.
 _COMPILED = tempfile.mkdtemp(prefix='deepseek_jax_compiled_')
 atexit.register(shutil.rmtree, _COMPILED, ignore_errors=True)

@@ -24,6 +24,9 @@ from deepseek_jax.train.step import Program, build_program
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 CONFIGS = sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != '__init__')
 GPUS = ('cuda', 'rocm')
+OFTEN = ('tiny_mla', 'tiny_v4_attention', 'quickstart', 'v3_671b')
+"""Configs that are lowered every time; between them they have most kinds of layers."""
+NAMES = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in CONFIGS]
 
 RAGGED = 'composite "chlo.ragged_dot"'
 """The grouped matrix product of a GPU, as it stands in a module."""
@@ -65,7 +68,7 @@ def test_there_are_configs():
   assert {'quickstart', 'tiny_mla', 'v3_671b'} <= set(CONFIGS)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', NAMES)
 def test_gpu(name):
   """One module for both kinds, with their grouped product and without the CPU's loop."""
   exported = lowered(name, GPUS)
@@ -78,7 +81,7 @@ def test_gpu(name):
   assert not BLOCKS.search(text)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', NAMES)
 def test_tpu(name):
   """A module of its own, with Pallas kernels: no other platform can be in one with those."""
   text = lowered(name, ('tpu',)).mlir_module()
@@ -88,7 +91,7 @@ def test_tpu(name):
   assert not BLOCKS.search(text)
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+@pytest.mark.parametrize('name', NAMES)
 def test_cpu(name):
   """The other way round: the loop, and no grouped product, which CPU would run expert by expert."""
   text = lowered(name, ('cpu',)).mlir_module()

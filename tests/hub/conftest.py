@@ -25,14 +25,6 @@ from deepseek_jax.train.state import fresh_state
 SIZES = {'heads': 2, 'nope_dim': 8, 'rope_dim': 4, 'value_dim': 8, 'latent': 16}
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='session')
 def experiment(tmp_path_factory):
   """A tiny run on a text file."""

@@ -78,7 +78,9 @@ def test_another_attention_keeps_the_weights(workdir):
 def test_what_is_new_is_fresh_and_listed(workdir):
   """A gate has weights that the model had not; everything else is kept, through regrouping too."""
   model = from_pretrained(workdir)
-  changed = model.replace(attention='Gated(keep=0.5)', depth=3, dense=SwiGLU(hidden=40))
+  changed = model.replace(
+    attention='Gated(keep=Share(share=0.5))', depth=3, dense=SwiGLU(hidden=40)
+  )
   old, new = by_address(model), by_address(changed)
   expected = {f'params/layers/{i}/attention/gate' for i in range(3)}
   expected |= {f'params/layers/0/feed_forward/{name}' for name in ('gate', 'up', 'down')}
@@ -91,7 +93,7 @@ def test_what_is_new_is_fresh_and_listed(workdir):
   assert all(np.any(new[address]) for address in expected)
   assert changed.logits('abc').shape == (4, 264)
   # What no step has trained stays listed when something else is changed.
-  again = changed.replace(attention='Gated(keep=0.9)')
+  again = changed.replace(attention='Gated(keep=Share(share=0.9))')
   assert set(again.fresh) == expected
   jax.tree.map(np.testing.assert_array_equal, again.variables, changed.variables)
   assert set(changed.replace(attention=MLA(**SIZES)).fresh) == {a for a in expected if 'feed' in a}

@@ -8,9 +8,14 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.gated import Gated, Share
+from deepseek_jax.layers.attention.indexer import Indexer
 from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.nsa import NSA
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
+from deepseek_jax.layers.attention.sparse import DSA, Shared
+from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
@@ -25,16 +30,17 @@ KINDS = {
   'mla_query_latent': MLA(**SIZES, query_latent=12),
   'mla_yarn': MLA(**SIZES, rope=RoPE(yarn=YARN)),
   'window': Window(**SIZES, size=5, sinks=2),
-  'gated': Gated(**SIZES, keep=0.3),
+  'top_k': TopK(**SIZES, top_k=3),
+  'dsa': DSA(**SIZES, top_k=3, indexer=Indexer(heads=16, dim=8)),
+  'dsa_shared': DSA(
+    **SIZES, top_k=2, indexer=Indexer(heads=16, dim=8), sharing=Shared(block=4, window=1)
+  ),
+  'gated': Gated(**SIZES, keep=Share(share=0.3), block=4, window=1),
+  'mha': MHA(heads=4, kv_heads=2, head_dim=8),
+  'nsa': NSA(
+    heads=4, kv_heads=2, head_dim=8, span=4, stride=2, block=4, blocks=3, local=1, window=3
+  ),
 }
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def random_variables(decoder):
@@ -43,8 +49,10 @@ def random_variables(decoder):
   shapes, noise = nn.meta.unbox(boxed), np.random.default_rng(5)
 
   def draw(path, shape):
-    if path[-1].key == 'scale':
+    if path[-1].key.endswith('scale'):
       return jnp.ones(shape.shape, shape.dtype)
+    if path[-1].key == 'key_bias':
+      return jnp.asarray(noise.normal(0, 0.1, shape.shape), shape.dtype)
     fan_in = 1 if 'embedding' in str(path) else shape.shape[-2]
     return jnp.asarray(noise.normal(0, fan_in**-0.5, shape.shape), shape.dtype)
 

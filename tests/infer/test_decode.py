@@ -16,7 +16,17 @@ from deepseek_jax.infer.sample import Sample
 from deepseek_jax.layers.context import text_context
 from deepseek_jax.models.remat import EveryLayer, SquareRoot
 
-KINDS = ('mla', 'mla_query_latent', 'mla_yarn', 'window', 'gated')
+KINDS = (
+  'mla',
+  'mla_query_latent',
+  'mla_yarn',
+  'window',
+  'gated',
+  'mha',
+  'top_k',
+  'dsa',
+  'dsa_shared',
+)
 VOCAB, LENGTH = 61, 19
 TOLERANCE = 1e-5
 
@@ -63,7 +73,7 @@ def test_decode_is_the_full_forward_at_every_position(make_model, kind, lengths)
 
 
 @pytest.mark.parametrize('chunk', [1, 3, 7])
-@pytest.mark.parametrize('kind', ['mla', 'window', 'gated'])
+@pytest.mark.parametrize('kind', ['mla', 'window', 'gated', 'top_k', 'dsa', 'dsa_shared'])
 def test_prefill_in_chunks(make_model, kind, chunk):
   """Also where a ring goes round several times, and where rows end in different chunks."""
   decoder, variables = make_model(kind)

@@ -9,6 +9,7 @@ import pytest
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.hyper_connections import HyperConnections
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.cost import (
   active_parameters,
@@ -99,6 +100,20 @@ def test_a_window_costs_less():
   assert active_parameters(weights) == ACTIVE
   # Nine pairs of five tokens.
   assert forward_flops(model, weights, 5) == 2 * ACTIVE + DEPTH * 2 * 3 * 11 * 9 / 5
+
+
+def test_lanes_cost_what_mixes_them():
+  model = dataclasses.replace(MODEL, residual=HyperConnections(lanes=3))
+  weights = count(model)
+  # 3 + 3 + 9 numbers of a site, made of 3 lanes; two sites a layer, and the head's 3 numbers.
+  site, head = 3 * WIDTH * 15, 3 * WIDTH * 3
+  sites = 2 * DEPTH
+  assert sum(w.size for w in weights) == MAIN + sites * (site + 15 + 3) + head + 3 + 1
+  assert active_parameters(weights) == ACTIVE + sites * site + head
+  # A site reads 3 lanes, mixes them to 3 and adds the output to 3.
+  plain = forward_flops(MODEL, count(MODEL), 5)
+  lanes = sites * 2 * WIDTH * (3 + 9 + 3)
+  assert forward_flops(model, weights, 5) == plain + 2 * (sites * site + head) + lanes
 
 
 def test_grouping_changes_no_count(weights):

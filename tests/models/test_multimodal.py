@@ -134,7 +134,7 @@ def test_without_pictures_it_is_the_decoder_of_text(made):
   text = text_context(context.tokens)
   plain = MODEL.text.build()
   params = {k: v for k, v in variables['params'].items() if k != 'image'}
-  want, _ = plain.apply({'params': params, 'buffers': variables['buffers']}, text)
+  want, _ = jax.jit(plain.apply)({'params': params, 'buffers': variables['buffers']}, text)
   np.testing.assert_allclose(run(text), want, rtol=1e-5, atol=1e-6)
 
 

@@ -20,7 +20,18 @@ import jax
 import numpy as np
 import pytest
 
-from configs import tiny_caption, tiny_gated, tiny_mla, tiny_window
+from configs import (
+  tiny_caption,
+  tiny_dsa,
+  tiny_gated,
+  tiny_mha,
+  tiny_mhc,
+  tiny_mla,
+  tiny_nsa,
+  tiny_top_k,
+  tiny_v4_attention,
+  tiny_window,
+)
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.batch import Batch
@@ -37,8 +48,13 @@ from deepseek_jax.train.step import Program, build_program
 
 ROWS, LENGTH = 8, 32
 TOLERANCE = 1e-5
-QUICK = {'xla_backend_optimization_level': 0}
-"""Compiles twice as fast; the partitioner, which is what is tested, runs all the same."""
+
+SELDOM = ('window', 'dsa')
+"""Kinds that share most of their labels with MLA: one preset each is run every time."""
+OFTEN = ('mla', 'caption')
+"""What is run under every preset every time; all that is in neither list is slow."""
+
+SHORT = {'depth': 2, 'dense_layers': 0, 'mtp': None}
 
 LAYOUTS = {
   'single': (FSDP, MeshConfig(data=1)),
@@ -49,13 +65,23 @@ LAYOUTS = {
   'all_gather': (EXPERT, MeshConfig(data=2, expert=4)),
 }
 DISPATCHES = {'all_to_all': AllToAll(chunks=2), 'all_gather': AllGather()}
-KINDS = ('mla', 'window', 'gated', 'caption')
+CONFIGS = {
+  'mla': tiny_mla,
+  'window': tiny_window,
+  'gated': tiny_gated,
+  'top_k': tiny_top_k,
+  'dsa': tiny_dsa,
+  'mha': tiny_mha,
+  'mhc': tiny_mhc,
+  'nsa': tiny_nsa,
+  'v4': tiny_v4_attention,
+  'caption': tiny_caption,
+}
 
 
 def experiment(kind: str, layout: str, microbatches: int = 1) -> Experiment:
   """MLA in the whole tiny model; the other kinds in two scanned expert layers, which is quicker."""
-  configs = {'mla': tiny_mla, 'window': tiny_window, 'gated': tiny_gated, 'caption': tiny_caption}
-  base = configs[kind].get_config()
+  base = CONFIGS[kind].get_config()
   text = base.model.text if kind == 'caption' else base.model
   # Heavy enough for a wrong divisor of the balance loss to show.
   sparse = dataclasses.replace(
@@ -65,7 +91,8 @@ def experiment(kind: str, layout: str, microbatches: int = 1) -> Experiment:
   )
   model = dataclasses.replace(text, feed_forward=sparse)
   if kind != 'mla':
-    model = dataclasses.replace(model, depth=2, dense_layers=0, mtp=None)
+    short = {'depth': 3, 'first_layers': 1} if kind == 'v4' else SHORT
+    model = dataclasses.replace(model, **short)
   if kind == 'caption':
     model = dataclasses.replace(base.model, text=model)
   rules, mesh = LAYOUTS[layout]
@@ -150,7 +177,7 @@ def pictured(seed: int) -> Batch:
 def two_steps(kind: str, layout: str, microbatches: int = 1) -> list[tuple[TrainState, dict]]:
   """State and metrics after each of two steps, on the host, and the first state's arrays."""
   made = program(kind, layout, microbatches)
-  step = made.step.compile(made.abstract_state, made.abstract_batch(), options=QUICK)
+  step = made.step.compile(made.abstract_state, made.abstract_batch())
   state, results = start(made), []
   batches = pictured if kind == 'caption' else packed
   for seed in (1, 2):
@@ -191,7 +218,7 @@ def assert_same_steps(found, expected) -> None:
   for number, ((state, metrics), (state_1, metrics_1)) in enumerate(zip(found, expected), start=1):
     where = f'after step {number}'
     assert int(state.step) == int(state_1.step) == number
-    for name in metrics_1.keys() - {'observed', 'bias', 'guard'}:
+    for name in metrics_1.keys() - {'observed', 'buffers', 'guard'}:
       assert metrics[name] == pytest.approx(metrics_1[name], rel=TOLERANCE), f'{where}: {name}'
     moments, moments_1 = state.opt_state[1], state_1.opt_state[1]
     assert_same(moments.mu, moments_1.mu, f'{where}: mean gradient')
@@ -202,19 +229,22 @@ def assert_same_steps(found, expected) -> None:
     np.testing.assert_allclose(state.guard.mean, state_1.guard.mean, rtol=TOLERANCE)
     assert int(state.guard.skipped) == int(metrics['guard']['fault']) == 0
     # Loads are counts: one token that goes to another expert is a difference.
-    jax.tree.map(np.testing.assert_array_equal, metrics['observed'], metrics_1['observed'])
+    # What is observed of an indexer is a mean of rounded numbers.
+    for address, found in flatten(metrics['observed']).items():
+      tolerance = 1e-3 if '/indexer/' in address else 0
+      expected = flatten(metrics_1['observed'])[address]
+      np.testing.assert_allclose(found, expected, rtol=tolerance, err_msg=address)
     assert_same(state.buffers, state_1.buffers, f'{where}: buffers')
 
 
 PAIRS = [
-  # Window and Gated share their weights and labels with MLA: one preset each is run every time.
   pytest.param(
     kind,
     layout,
-    marks=[pytest.mark.slow] if kind in ('window', 'gated') and layout != 'tensor' else [],
+    marks=[] if kind in OFTEN or (kind in SELDOM and layout == 'tensor') else [pytest.mark.slow],
   )
   for layout in ('fsdp', 'tensor', 'expert')
-  for kind in KINDS
+  for kind in CONFIGS
 ]
 
 
@@ -231,7 +261,9 @@ def test_a_dispatch_changes_nothing(layout):
   assert_same_steps(two_steps('mla', layout, 1), two_steps('mla', 'single'))
 
 
-@pytest.mark.parametrize(('layout', 'microbatches'), [('single', 2), ('tensor', 4)])
+@pytest.mark.parametrize(
+  ('layout', 'microbatches'), [('single', 2), pytest.param('tensor', 4, marks=pytest.mark.slow)]
+)
 def test_accumulation_changes_nothing(layout, microbatches):
   """Microbatches with very unequal counts of targets add up to the batch; also on a mesh.
 
@@ -257,7 +289,7 @@ def test_init_is_the_same_on_a_mesh():
   for layout in ('single', 'tensor'):
     made = program('window', layout)
     key = jax.random.key(3)
-    state = made.init.compile(key, options=QUICK)(key)
+    state = made.init.compile(key)(key)
     check_pieces(state, made)
     states.append(jax.device_get(state.params))
   assert_same(*reversed(states), 'fresh parameters')

@@ -112,7 +112,7 @@ CASES = {
   'word for a number': (change('optimizer.peak_lr=fast'), 'optimizer.peak_lr', 'fast', 'float'),
   'none for a count': (change('model.depth=None'), 'model.depth', 'None', 'int'),
   'text for a tuple': (change('prompts=3'), 'prompts', '3', 'tuple'),
-  'unknown kind': (change('model.attention=HCA()'), 'HCA', 'MLA, Window, Gated'),
+  'unknown kind': (change('model.attention=Linear()'), 'Linear', 'MLA, MHA, Window, Gated, TopK'),
   'misspelt kind': (change('model.attention=Windo(size=3)'), 'Windo', 'Window'),
   'unknown field of a kind': (change('model.attention=Window(sizes=3)'), 'sizes', '`size`'),
   'kind of another part': (change('optimizer=MLA(heads=2)'), 'optimizer', 'MLA', 'AdamW'),

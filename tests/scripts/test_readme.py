@@ -56,7 +56,7 @@ def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
 
 
 def test_the_swaps_are_valid():
-  (block,) = [text for text in blocks('sh') if 'Gated' in text]
+  (block,) = [text for text in blocks('sh') if 'Gated(' in text]
   swaps = [shlex.split(line, comments=True)[0] for line in block.strip().splitlines()]
   assert len(swaps) > 6
   for swap in swaps:

@@ -1,34 +1,17 @@
 """report.py, compare.py and plot_run.py from their command lines, in this process."""
 
-import pathlib
-import runpy
-import sys
-
 import pytest
-from absl import flags
 
 from scripts import launch
 
-SCRIPTS = pathlib.Path(launch.__file__).parent
-
 
 @pytest.fixture
-def call(monkeypatch, capsys):
+def call(run_script):
   """Runs a script as `__main__`; returns exit code, output and errors."""
-  before = set(flags.FLAGS)
 
   def run(script: str, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, 'argv', [f'{script}.py', *arguments])
-    try:
-      with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPTS / f'{script}.py'), run_name='__main__')
-    finally:
-      # Flags are one object for the whole process: what the script defined goes with it.
-      for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
-      flags.FLAGS.unparse_flags()
-    out, errors = capsys.readouterr()
-    return ended.value.code or 0, out, errors
+    ended = run_script(script, *arguments)
+    return ended.code, ended.output, ended.errors
 
   return run
 

@@ -168,14 +168,14 @@ def test_every_config_error_is_reported_at_once(tmp_path):
       '--config=tiny_mla',
       '--config.model.depht=2',
       '--config.train_steps=2.5',
-      '--config.model.attention=HCA()',
+      '--config.model.attention=Linear()',
       f'--workdir={tmp_path / "run"}',
     ),
     code=2,
   )
   assert 'has no field `depht`; did you mean `depth`?' in output
   assert "'2.5' is not int" in output
-  assert '`HCA` is not one of [MLA, Window, Gated]' in output
+  assert '`Linear` is not one of [MLA, MHA, Window, Gated, TopK, DSA, ' in output
   assert not (tmp_path / 'run').exists()
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import pytest
 
-from configs import tiny_gated, tiny_mla, tiny_window
+from configs import tiny_dsa, tiny_gated, tiny_mla, tiny_window
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
@@ -20,7 +20,7 @@ from deepseek_jax.sharding.rules import (
 )
 from deepseek_jax.train.step import build_program
 
-CONFIGS = {'mla': tiny_mla, 'window': tiny_window, 'gated': tiny_gated}
+CONFIGS = {'mla': tiny_mla, 'window': tiny_window, 'gated': tiny_gated, 'dsa': tiny_dsa}
 PRESETS = {'fsdp': FSDP, 'tensor': TENSOR, 'expert': EXPERT}
 MESHES = {
   'data': MeshConfig(),

@@ -21,6 +21,7 @@ from flax import struct
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.train.checkpoint import Checkpoints, restore_params
+from deepseek_jax.train.checkpoint_reader import read_params
 
 CONFIG = {'name': 'tiny', 'depth': 2, 'limit': None, 'sizes': [1, 2]}
 
@@ -212,6 +213,18 @@ def test_inference_reads_weights_and_buffers_as_numpy(tmp_path):
   assert_same(buffers, state.buffers)
   assert config == CONFIG
   assert_same(restore_params(tmp_path, 8)[0], make_state(8).params)
+
+
+def test_a_relative_path_is_as_good(tmp_path, monkeypatch):
+  """As `--workdir=runs/first` gives it; Orbax wants absolute ones."""
+  state = make_state(9)
+  with Checkpoints(tmp_path / 'run') as checkpoints:
+    checkpoints.save(9, state, {}, CONFIG)
+  monkeypatch.chdir(tmp_path)
+  params, buffers, config = read_params(pathlib.Path('run/9'))
+  assert_same(params, state.params)
+  assert_same(buffers, state.buffers)
+  assert config == CONFIG
 
 
 def test_unfinished_directories_are_not_checkpoints(tmp_path):

@@ -237,7 +237,7 @@ def start(config, folder: pathlib.Path, cache: pathlib.Path, display):
   return train(config, workdir, cache, display)
 
 
-@pytest.fixture(params=['looked at', 'taken meanwhile'])
+@pytest.fixture(params=['looked at', pytest.param('taken meanwhile', marks=pytest.mark.slow)])
 def noticed(request, monkeypatch) -> str:
   """Whether a full disk is noticed before a save or by it."""
   if request.param == 'taken meanwhile':

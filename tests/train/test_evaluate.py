@@ -17,7 +17,6 @@ from deepseek_jax.train.evaluate import Evaluation, bits_per_byte, evaluate
 from deepseek_jax.train.step import build_program
 
 LENGTH, ROWS = 24, 4
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def split_of(lengths, length=LENGTH, prompts=None):
@@ -67,8 +66,8 @@ def test_against_every_document_alone():
     return program.decoder.apply(variables, context, method=lambda m, c: m.logits(m(c)[0], c))
 
   shape = jax.ShapeDtypeStruct((1, LENGTH), jnp.int32)
-  alone = jax.jit(logits).lower(shape, shape).compile(QUICK)
-  nats, count = 0.0, 0
+  alone = jax.jit(logits).lower(shape, shape).compile()
+  nats, count, right = 0.0, 0, 0
   offsets = split.cache.offsets
   for start, end, prompt in zip(offsets[:-1], offsets[1:], prompts, strict=True):
     document = split.cache.tokens[start:end].astype(np.int32)
@@ -82,9 +81,12 @@ def test_against_every_document_alone():
       row = values[place] - values[place].max()
       nats += np.log(np.exp(row).sum()) - row[target]
       count += 1
+      right += int(np.argmax(row)) == target
   assert found.targets == count == split.targets == sum(lengths) - len(lengths) - sum(prompts)
   assert found.loss == pytest.approx(nats / count, rel=1e-5)
   assert found.bits_per_byte == pytest.approx(nats / np.log(2) / (3 * sum(lengths)), rel=1e-5)
+  assert right > 0
+  assert found.accuracy == pytest.approx(right / count)
 
 
 class Recorder:
@@ -100,7 +102,11 @@ class Recorder:
     """Sums the tokens' numbers."""
     assert (params, buffers) == ('params', 'buffers')
     self.seen.append(np.asarray(batch.tokens))
-    return {'nats': jnp.sum(batch.tokens * batch.weights), 'targets': jnp.sum(batch.weights)}
+    return {
+      'nats': jnp.sum(batch.tokens * batch.weights),
+      'targets': jnp.sum(batch.weights),
+      'correct': jnp.sum((batch.tokens % 2) * batch.weights),
+    }
 
 
 @pytest.mark.parametrize('batches', [None, 1, 2, 3, 4, 5, 6, 100])
@@ -126,6 +132,8 @@ def test_a_subset_of_batches(batches):
   nats = sum((every[n].tokens * every[n].weights).sum() for n in chosen)
   assert found.targets == targets
   assert found.loss == pytest.approx(nats / targets, rel=1e-6)
+  odd = sum(((every[n].tokens % 2) * every[n].weights).sum() for n in chosen)
+  assert found.accuracy == pytest.approx(odd / targets)
   # A subset's loss is spread over all bytes at the split's own rate of tokens a byte.
   assert found.bits_per_byte == pytest.approx(
     found.loss / np.log(2) * split.targets / split.text_bytes, rel=1e-6
@@ -139,13 +147,13 @@ def test_bits_per_byte():
 
 
 def test_nothing_but_what_was_measured():
-  """The result is three plain numbers, ready for JSON, where the model looks no further ahead."""
+  """The result is four plain numbers, ready for JSON, where the model looks no further ahead."""
   program = Recorder(1)
   result = evaluate(program, 'params', 'buffers', split_of([3]))
   assert isinstance(result, Evaluation)
   numbers = result.numbers()
-  assert list(numbers) == ['loss', 'bits_per_byte', 'targets']
-  assert [type(value) for value in numbers.values()] == [float, float, int]
+  assert list(numbers) == ['loss', 'bits_per_byte', 'targets', 'accuracy']
+  assert [type(value) for value in numbers.values()] == [float, float, int, float]
 
 
 def test_further_ahead():

@@ -3,7 +3,6 @@
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,14 +21,6 @@ from deepseek_jax.train.workdir import Workdir
 pytestmark = pytest.mark.slow
 
 WORDS = ('amber', 'birch', 'cedar', 'delta', 'ember', 'fjord', 'grove', 'heath')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def compile_quickly():
-  """Compiling takes most of the time of these tests."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 class Heard(QuietDisplay):

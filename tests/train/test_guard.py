@@ -30,7 +30,6 @@ from deepseek_jax.train.state import fresh_state
 from deepseek_jax.train.step import build_program
 from deepseek_jax.train.workdir import Workdir, compare
 
-QUICK = {'xla_backend_optimization_level': 0}
 NAN, INF = math.nan, math.inf
 
 
@@ -220,8 +219,8 @@ def test_a_skipped_step_changes_nothing(layout, cache_dir):
   devices = jax.devices() if layout == 'devices' else jax.devices()[:1]
   program = build_program(config, devices)
   key = jax.random.key(0)
-  state = program.init.compile(key, options=QUICK)(key)
-  step = program.step.compile(program.abstract_state, program.abstract_batch(), options=QUICK)
+  state = program.init.compile(key)(key)
+  step = program.step.compile(program.abstract_state, program.abstract_batch())
   batches = config.data.prepare(cache_dir).train_batches(0)
   put = lambda batch: jax.device_put(batch, program.batch_sharding)  # noqa: E731
   first, second = next(batches), next(batches)
@@ -249,17 +248,6 @@ def test_a_skipped_step_changes_nothing(layout, cache_dir):
   # The schedule goes on where the optimizer is, not where the count of steps is.
   assert float(metrics['learning_rate']) == pytest.approx(1e-2 * 2 / 3)
   assert int(final.guard.skipped) == 1
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory) -> str:
-  """A folder of small documents, as a glob."""
-  folder = tmp_path_factory.mktemp('text')
-  words = 'the ship and the sea and the whale of the north wind'.split()
-  generator = np.random.default_rng(0)
-  for number in range(40):
-    (folder / f'{number}.txt').write_text(' '.join(generator.choice(words, 120)) + f' {number}\n')
-  return f'{folder}/*.txt'
 
 
 @pytest.fixture

@@ -19,8 +19,6 @@ from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.initialise import resume_state
 from deepseek_jax.train.step import build_program
 
-QUICK = {'xla_backend_optimization_level': 0}
-
 
 def tables(buffers):
   found = flatten(buffers)
@@ -50,7 +48,7 @@ def test_a_table_is_made_kept_saved_and_regrouped(tmp_path):
   devices = jax.devices()[:2]
   program = build_program(config, devices)
   key = jax.random.key(0)
-  state = program.init.compile(key, options=QUICK)(key)
+  state = program.init.compile(key)(key)
   (made,) = tables(state.buffers)
   assert made.dtype == np.int32
   np.testing.assert_array_equal(made, [table] * 4)
@@ -59,7 +57,7 @@ def test_a_table_is_made_kept_saved_and_regrouped(tmp_path):
   ones, places = np.ones_like(ids), np.tile(np.arange(64, dtype=np.int32), (8, 1))
   batch = Batch(ids, ids, ones.astype(np.float32), places, ones, ones)
   batch = jax.device_put(batch, program.batch_sharding)
-  state, metrics = program.step.compile(state, batch, options=QUICK)(state, batch)
+  state, metrics = program.step.compile(state, batch)(state, batch)
   assert np.isfinite(metrics['grad_norm'])
   (kept,) = tables(state.buffers)
   np.testing.assert_array_equal(kept, made)

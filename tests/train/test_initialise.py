@@ -24,14 +24,6 @@ from deepseek_jax.train.initialise import open_origin, resume_state
 from deepseek_jax.train.step import build_program
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-  """Compiling takes most of the time of these tests."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def experiment(**changes):
   """Six layers: one dense, five with experts."""
   return override(tiny_mla.get_config(), {'model.depth': 6, 'model.mtp': None, **changes})[0]

@@ -1,10 +1,8 @@
 """What a run writes down: JSON lines, TensorBoard, and the terminal; and how it is timed."""
 
-import importlib.util
 import io
 import json
 import math
-import pathlib
 import re
 import threading
 
@@ -28,6 +26,7 @@ from deepseek_jax.train.display import (
   make_display,
 )
 from deepseek_jax.train.metrics import JsonLines, MetricWriter
+from scripts import plot_run
 
 METRICS = {
   'loss': 4.8123,
@@ -277,18 +276,7 @@ def test_timed_products_are_those_of_a_training_step(monkeypatch):
   assert throughput._best_seconds([(jnp.dot, (x, w))], 0.0)[0] > 0
 
 
-@pytest.fixture(scope='module')
-def plot_run():
-  path = pathlib.Path(__file__).parents[2] / 'scripts' / 'plot_run.py'
-  spec = importlib.util.spec_from_file_location('plot_run', path)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-def test_the_picture_shows_curve_yardsticks_and_loads(tmp_path, plot_run):
+def test_the_picture_shows_curve_yardsticks_and_loads(tmp_path):
   with pytest.raises(ConfigError, match='no run here'):
     plot_run.draw_run(tmp_path, 'empty')
   rows = JsonLines(tmp_path / 'metrics.jsonl')
@@ -312,7 +300,7 @@ def test_the_picture_shows_curve_yardsticks_and_loads(tmp_path, plot_run):
   assert [label.get_text() for label in figure.axes[1].get_yticklabels()] == ['2', '10']
 
 
-def test_the_load_table_is_relative_to_an_equal_share(plot_run):
+def test_the_load_table_is_relative_to_an_equal_share():
   rows = [
     {'step': 1, 'load': {'layers/1': [0.25, 0.75]}},
     {'step': 2},

@@ -21,7 +21,6 @@ from deepseek_jax.train.objective import NextToken
 from deepseek_jax.train.step import split_rows
 
 ROWS, LENGTH, VOCAB, DEPTH, CHUNK = 4, 12, 264, 2, 5
-QUICK = {'xla_backend_optimization_level': 0}
 
 
 def packed() -> Batch:
@@ -64,7 +63,7 @@ def model():
 
 def compiled(function, *arguments):
   """Runs a function, compiled without polish."""
-  return jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
+  return jax.jit(function).lower(*arguments).compile()(*arguments)
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +81,7 @@ def loss(model):
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), packed())
     arguments = (variables, abstract, jnp.ones(1 + DEPTH), jnp.float32(0))
     differentiate = jax.value_and_grad(run, has_aux=True)
-    return jax.jit(differentiate).lower(*arguments).compile(QUICK)
+    return jax.jit(differentiate).lower(*arguments).compile()
 
   def call(batch, totals, weight):
     batch = jax.tree.map(jnp.asarray, batch)

@@ -117,17 +117,6 @@ def test_wrong_fields():
     Hierarchical(groups=4, nodes=3)
 
 
-@pytest.fixture(scope='module')
-def text(tmp_path_factory) -> str:
-  """A folder of small documents, as a glob."""
-  folder = tmp_path_factory.mktemp('text')
-  words = 'the ship and the sea and the whale of the north wind'.split()
-  generator = np.random.default_rng(0)
-  for number in range(40):
-    (folder / f'{number}.txt').write_text(' '.join(generator.choice(words, 120)) + f' {number}\n')
-  return f'{folder}/*.txt'
-
-
 class Listening(QuietDisplay):
   """Remembers what was compiled, and what was said."""
 
@@ -161,15 +150,6 @@ def run(path: pathlib.Path, text: str, cache: pathlib.Path) -> Listening:
   return display
 
 
-@pytest.fixture
-def compile_quickly():
-  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
-@pytest.mark.usefixtures('compile_quickly')
 def test_a_run_places_experts_and_an_interrupted_one_does_so_alike(text, tmp_path, cache_dir):
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
   shown = run(whole, text, cache_dir)

@@ -5,19 +5,56 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.layers.attention.csa import CSA
 from deepseek_jax.layers.attention.gated import Gated
+from deepseek_jax.layers.attention.hca import HCA
+from deepseek_jax.layers.attention.indexer import Indexer
 from deepseek_jax.layers.attention.interface import AttentionConfig
-from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.latent import MLA, Latent
+from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.shared_window import SharedWindow
+from deepseek_jax.layers.attention.sparse import DSA, Shared, WarmUp
+from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.attention.window import Window
 
-KINDS = {'mla': (MLA, {}), 'window': (Window, {'size': 2, 'sinks': 1}), 'gated': (Gated, {})}
+SHARED = {
+  'heads': 2,
+  'head_dim': 6,
+  'rope_dim': 4,
+  'query_latent': 5,
+  'groups': 2,
+  'group_dim': 3,
+  'window': 2,
+}
+KINDS = {
+  'mla': (MLA, {}),
+  'window': (Window, {'size': 2, 'sinks': 1}),
+  'gated': (Gated, {'block': 2, 'window': 1}),
+  'top_k': (TopK, {'top_k': 3}),
+  'dsa': (DSA, {'top_k': 3, 'indexer': Indexer(heads=3, dim=4)}),
+  'dsa_shared': (
+    DSA,
+    {'top_k': 2, 'indexer': Indexer(heads=3, dim=4), 'sharing': Shared(block=3, window=1)},
+  ),
+  'dsa_warm_up': (DSA, {'indexer': Indexer(heads=3, dim=4), 'stage': WarmUp()}),
+  'shared_window': (SharedWindow, SHARED),
+  'hca': (HCA, SHARED | {'ratio': 2}),
+  'csa': (CSA, SHARED | {'ratio': 2, 'top_k': 2, 'index_heads': 4, 'index_dim': 4}),
+  'nsa': (
+    NSA,
+    {'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'span': 2, 'stride': 1, 'block': 2, 'blocks': 2}
+    | {'initial': 0, 'local': 1, 'window': 2},
+  ),
+  'mha': (MHA, {'heads': 4, 'kv_heads': 2, 'head_dim': 6}),
+}
 
 
 @pytest.fixture(params=KINDS)
 def kind(request, sizes):
   """One config of every kind."""
   config, other = KINDS[request.param]
-  return config(**sizes, **other)
+  return config(**(sizes if issubclass(config, Latent) else {}), **other)
 
 
 def test_obeys_the_protocol(kind):

@@ -1,5 +1,7 @@
 """MLA against its float64 twin, and its absorbed form against its expanded one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention import latent
 from deepseek_jax.layers.attention.latent import MLA, absorbing_is_cheaper
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
+from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.layers.context import Context, text_context
 
 YARN = RoPE(theta=100.0, yarn=YaRN(factor=8.0, original_length=32))
 
@@ -34,15 +38,17 @@ def test_mla(query_latent, rope, sizes, packed, build, oracle):
 def test_absorbed_equals_expanded(query_latent, sizes, packed, build, monkeypatch):
   config = MLA(**sizes, query_latent=query_latent, rope=YARN)
   params, _ = build(config)
-  x, context = packed
-  real = jnp.asarray(context.segments > 0, jnp.float32)[..., None]
+  x, _ = packed
+  context = text_context(jnp.ones(x.shape[:2], jnp.int32))
 
   def run(absorb):
     monkeypatch.setattr(latent, 'absorbing_is_cheaper', lambda *_: absorb)
     module = config.build()
 
     def total(params, x):
-      y = module.apply({'params': params}, x, context)[0] * real
+      # Half of the slots stay empty.
+      cache = config.empty_cache(x.shape[0], 2 * x.shape[1], x.dtype)
+      y = module.apply({'params': params}, x, context, cache)[0]
       return jnp.sum(jnp.sin(y)), y
 
     return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, x)
@@ -87,3 +93,30 @@ def test_output_keeps_bfloat16(sizes, packed, build):
   got = run(params, jnp.asarray(x, jnp.bfloat16), context)
   assert got.dtype == jnp.bfloat16
   assert np.max(np.abs(np.asarray(got, np.float32) - exact)) < 0.05 * np.max(np.abs(exact))
+
+
+def sizes_in(jaxpr):
+  """The sizes of all arrays that a program makes, those of its loops among them."""
+  for equation in jaxpr.eqns:
+    for variable in equation.outvars:
+      yield variable.aval.size
+    is_program = lambda x: hasattr(x, 'eqns')  # noqa: E731
+    for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_program):
+      if is_program(inner):
+        yield from sizes_in(inner)
+
+
+@pytest.mark.parametrize('size', [3, 8], ids=['absorbed', 'expanded'])
+@pytest.mark.parametrize('kind', [MLA, functools.partial(Window, size=6000)], ids=['mla', 'window'])
+def test_a_prompt_with_a_cache_needs_no_mask(kind, size, sizes):
+  """Neither scores nor a mask of all pairs exist while a prompt joins what is remembered."""
+  config = kind(**sizes | {'latent': size})
+  assert absorbing_is_cheaper(config, 512, 8192) == (size == 3)
+  module, tokens, slots = config.build(), 512, 8192
+  shape = jax.ShapeDtypeStruct((1, tokens, 7), jnp.float32)
+  ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+  context = Context(tokens=ids, positions=ids, segments=ids)
+  cache = jax.eval_shape(lambda: config.empty_cache(1, slots, jnp.float32))
+  params = jax.eval_shape(module.init, jax.random.key(0), shape, context)
+  jaxpr = jax.make_jaxpr(module.apply)(params, shape, context, cache)
+  assert max(sizes_in(jaxpr.jaxpr)) < tokens * slots / 2

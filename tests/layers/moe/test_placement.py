@@ -19,8 +19,6 @@ from deepseek_jax.sharding.presets import EXPERT
 from deepseek_jax.sharding.rules import logical_axes, tree_shardings, tree_specs
 
 D, E, P = 6, 8, 12
-QUICK = {'xla_backend_optimization_level': 0}
-"""Compiles twice as fast; what is tested happens before."""
 PLAIN = MoE(experts=E, top_k=2, hidden=3, shared=None, balance=None)
 PLACED = dataclasses.replace(PLAIN, placement=Replicas(slots=P))
 FILLED = {
@@ -44,7 +42,7 @@ def made(rows: int, length: int):
   module, given = PLACED.build(), context(rows, length)
   x = np.random.default_rng(rows).standard_normal((rows, length, D)).astype(np.float32)
   boxed = jax.eval_shape(module.init, jax.random.key(0), x, given)
-  init = jax.jit(module.init, compiler_options=QUICK)
+  init = jax.jit(module.init)
   variables = nn.meta.unbox(init(jax.random.key(0), x, given))
   bias = jnp.zeros(E).at[3].set(-9.0).at[5].set(0.3)
   variables['buffers']['router']['selection_bias'] = bias
@@ -65,7 +63,7 @@ def gradients(config: MoE, rows: int, length: int):
     grads, (y, load) = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
     return (y, grads), load
 
-  return jax.jit(run, compiler_options=QUICK)
+  return jax.jit(run)
 
 
 def assert_same(found, expected) -> None:

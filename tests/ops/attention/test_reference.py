@@ -7,8 +7,10 @@ import pytest
 
 from deepseek_jax.ops.attention.reference import (
   MASKED,
+  Seen,
   attend,
   attend_latent,
+  attend_seen,
   keep_highest,
   kept_counts,
   visible,
@@ -76,6 +78,51 @@ def test_attend_latent(biased):
     bias,
   )
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('groups', [1, 2, 4])
+@pytest.mark.parametrize('extra', ['none', 'all'])
+def test_attend_seen(groups, extra):
+  heads, batch = 4, 2
+  rng = np.random.default_rng(3)
+  draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+  query = draw(batch, T, heads, K)
+  key, value = draw(batch, S, groups, K), draw(batch, S, groups, V)
+  seen = Seen(
+    np.array([[2, 3, 0], [4, 1, 2]], np.int32),
+    np.array([[0, 1, 2, 3, -1], [0, 1, 2, 3, 4]], np.int32),
+    np.array([[1, 1, 2], [1, 1, 2]], np.int32),
+    np.array([[1, 1, 1, 1, 2], [1, 1, 1, 1, 1]], np.int32),
+  )
+  bias = sinks = window = None
+  if extra == 'all':
+    bias, sinks, window = draw(batch, S), draw(heads), (2, 1)
+  run = lambda q, k, v: attend_seen(  # noqa: E731
+    q, k, v, seen, scale=0.7, key_bias=bias, sinks=sinks, window=window
+  )
+  got = run(*map(jnp.asarray, (query, key, value)))
+  want = np.zeros((batch, T, heads, V))
+  for b, t, h in np.ndindex(batch, T, heads):
+    total = 0.0 if sinks is None else np.exp(float(sinks[h]))
+    for s in range(S):
+      q_place, k_place = seen.query_positions[b, t], seen.key_positions[b, s]
+      near = window is None or q_place - k_place < 2 or k_place < 1
+      same = seen.query_segments[b, t] == seen.key_segments[b, s]
+      if same and 0 <= k_place <= q_place and near:
+        group = h * groups // heads
+        score = query[b, t, h].astype(float) @ key[b, s, group] * 0.7
+        weight = np.exp(score + (0.0 if bias is None else bias[b, s]))
+        total += weight
+        want[b, t, h] += weight * value[b, s, group]
+    want[b, t, h] /= max(total, 1e-30)
+  # The last query of each row sees nothing.
+  assert not want[:, 2].any()
+  assert want[:, :2].all()
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+  grads = jax.grad(lambda *a: jnp.sum(run(*a)), argnums=(0, 1, 2))(query, key, value)
+  assert all(np.all(np.isfinite(g)) for g in grads)
+  assert not np.any(grads[0][:, 2])
+  assert np.any(grads[0][:, :2])
 
 
 def test_attend_in_bfloat16_scores_in_float32():

@@ -10,14 +10,6 @@ import pytest
 from deepseek_jax.layers.context import Context
 
 
-@pytest.fixture(autouse=True)
-def compile_quickly():
-  """Compiling takes most of the time of these tests; what is compiled runs for milliseconds."""
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 @functools.cache
 def build(config, experts, top_k, width, tokens):
   """The jitted `init` and `apply` of a router; compiled once for each kind and size."""
