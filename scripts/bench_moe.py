@@ -4,6 +4,7 @@
   python scripts/bench_moe.py --what=ragged       # grouped products beside jax.lax.ragged_dot
   python scripts/bench_moe.py --what=granularity  # 8 to 256 experts at equal FLOPs a token
   python scripts/bench_moe.py --what=decode       # one token
+  python scripts/bench_moe.py --what=routers      # routers that learn, and even choices
 
 All candidates of a question take turns, round by round, so that they meet the same machine; medians
 count, and the spread is that of the ratios of the rounds. Run it on a machine that does nothing
@@ -21,7 +22,7 @@ from typing import Any
 from absl import app, flags
 
 WHAT = flags.DEFINE_enum(
-  'what', 'layer', ['layer', 'ragged', 'granularity', 'decode'], 'what to time'
+  'what', 'layer', ['layer', 'ragged', 'granularity', 'decode', 'routers'], 'what to time'
 )
 ROUNDS = flags.DEFINE_integer('rounds', 9, 'rounds that count; medians of them', lower_bound=1)
 TOKENS = flags.DEFINE_integer('tokens', 8192, 'tokens N', lower_bound=1)
@@ -240,6 +241,25 @@ def time_decode() -> None:
     against(taken, 'dense products', ['experts'], faster=False)
 
 
+def time_routers() -> None:
+  """The whole layer with each router; that of V3 is the base."""
+  from deepseek_jax.layers.moe.router.balanced import Balanced
+  from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
+  from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
+  from deepseek_jax.layers.moe.router.softmax import Softmax
+  from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
+
+  routers = (Sigmoid(), Softmax(), SqrtSoftplus(), ExpertAttention(), Balanced())
+  for dtype in DTYPES.value:
+    sizes = EXPERTS.value, TOP_K.value, HIDDEN.value
+    made = {type(router).__name__: expert_layer(dtype, *sizes, router=router) for router in routers}
+    base, *others = made
+    for way in ('forward', 'with backward'):
+      taken = turns({name: calls[way] for name, calls in made.items()})
+      print(f'{TOKENS.value} tokens, {sizes[1]} of {sizes[0]} experts, {dtype}, {way}: speeds')
+      against(taken, base, others, faster=True)
+
+
 def _each(function: Callable[..., Any], calls: list[Any]) -> list[Any]:
   """Calls it with each set of arguments, one after the other's end."""
   import jax
@@ -255,6 +275,7 @@ def main(argv: list[str]) -> None:
     'ragged': time_ragged,
     'granularity': time_granularity,
     'decode': time_decode,
+    'routers': time_routers,
   }[WHAT.value]()
 
 
