@@ -82,5 +82,6 @@ class BidirectionalAttention(HeadAttention):
     )
     # Where all positions are 0, no token comes after another.
     nowhere, segments = jnp.zeros_like(context.segments), context.segments
-    mixed = self.attend(query, key, value, Seen(nowhere, nowhere, segments, segments))
+    seen = Seen(nowhere, nowhere, segments, segments)
+    mixed = self.attend(query, key, value, seen, context)
     return self.project(mixed, x.shape[-1], context), None

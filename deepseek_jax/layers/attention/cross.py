@@ -85,7 +85,7 @@ class CrossHeadAttention(HeadAttention):
           'CrossAttention attends to `context.memory`, which is None: give the context a '
           'Memory(values, positions, segments), or a cache that was filled with one'
         )
-      mixed = self.attend(query, cache.key, cache.value, Seen(nowhere, cache.positions))
+      mixed = self.attend(query, cache.key, cache.value, Seen(nowhere, cache.positions), context)
       return self.project(mixed, x.shape[-1], context), cache
     values = memory.values.astype(x.dtype)
     key = self.heads(values, 'key', c.heads, c.head_dim, context)
@@ -94,7 +94,7 @@ class CrossHeadAttention(HeadAttention):
     if cache is not None:
       cache = self.remember(cache, key, value, slots)
     seen = Seen(nowhere, slots, context.segments, memory.segments)
-    mixed = self.attend(query, key, value, seen)
+    mixed = self.attend(query, key, value, seen, context)
     return self.project(mixed, x.shape[-1], context), cache
 
   def remember(self, cache: Cache, key, value, slots: jax.Array) -> HeadCache:

@@ -13,15 +13,15 @@ from jax.typing import DTypeLike
 from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.shards import attend_sharded
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.ops.attention.blocked import attend_blocked
 from deepseek_jax.ops.attention.reference import Seen, attend, attend_latent, visible, window_mask
 
 FEW = 2
 """Queries whose scores of all keys are held at once. On two CPU cores a loop over blocks of 2,048
-keys takes 1.7 to 2.1 times as long for one and two queries in each of 8 rows, 0.9 times for four."""
+keys takes 2.1, 1.7 and 0.9 times as long for one, two and four queries in each of 8 rows."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,15 +230,21 @@ class LatentAttention(nn.Module):
       seen: which tokens each query may see.
       context: facts about the T tokens.
       window: (size, n): only the last `size` positions are seen, and those below n.
-      in_order: promises that the S tokens are the queries' own; see `attend_blocked`.
+      in_order: promises that the S tokens are the queries' own; see `attend_sharded`.
 
     Returns:
       [B, T, H, V] outputs of the heads, for `project`.
     """
     c, tokens, keys = self.config, query[0].shape[1], key[0].shape[1]
-    mix = functools.partial(attend_blocked, scale=c.softmax_scale, window=window)
+    mix = functools.partial(
+      attend_sharded,
+      seen=seen,
+      rules=context.rules,
+      scale=c.softmax_scale,
+      window=window,
+    )
     if in_order or not absorbing_is_cheaper(c, tokens, keys):
-      heads = mix(*self.expand(query, key), seen, in_order=in_order)
+      heads = mix(*self.expand(query, key), in_order=in_order)
     elif tokens <= FEW:
       mask = visible(*seen)
       if window is not None:
@@ -248,7 +254,7 @@ class LatentAttention(nn.Module):
       query_latent, up_value = self.absorb(query[0])
       rows = jnp.concatenate(key, axis=-1).astype(query_latent.dtype)[:, :, None]
       whole = jnp.concatenate([query_latent, query[1]], axis=-1)
-      mixed = mix(whole, rows, rows[..., : c.latent], seen)
+      mixed = mix(whole, rows, rows[..., : c.latent])
       heads = jnp.einsum('bthc,chv->bthv', mixed, up_value)
     return context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
 

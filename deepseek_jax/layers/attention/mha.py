@@ -11,10 +11,10 @@ from jax.typing import DTypeLike
 from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.shards import attend_sharded
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.ops.attention.blocked import attend_blocked
 from deepseek_jax.ops.attention.reference import Seen
 
 
@@ -117,18 +117,12 @@ class HeadAttention(nn.Module):
     return context.rules.constrain(y, ('batch', 'seq', 'act_heads', None))
 
   def attend(
-    self, query: jax.Array, key: jax.Array, value: jax.Array, seen: Seen, in_order: bool = False
+    self, query: jax.Array, key, value, seen: Seen, context: Context, in_order: bool = False
   ) -> jax.Array:
-    """Mixes values [B, S, G, K] for queries [B, T, H, K]; see `attend_blocked`."""
-    scale = query.shape[-1] ** -0.5
-    return attend_blocked(
-      query,
-      key.astype(query.dtype),
-      value.astype(query.dtype),
-      seen,
-      scale=scale,
-      in_order=in_order,
-    )
+    """Mixes values [B, S, G, K] for queries [B, T, H, K]; see `attend_sharded`."""
+    key, value = key.astype(query.dtype), value.astype(query.dtype)
+    facts = {'scale': query.shape[-1] ** -0.5, 'in_order': in_order}
+    return attend_sharded(query, key, value, seen, context.rules, **facts)
 
   def project(self, mixed: jax.Array, width: int, context: Context) -> jax.Array:
     """Brings head outputs [B, T, H, K] back to [B, T, D]."""
@@ -157,9 +151,10 @@ class MultiHeadAttention(HeadAttention):
     if c.rope is not None:
       query, key = c.rope.rotate(query, positions), c.rope.rotate(key, positions)
     if cache is None:
-      mixed = self.attend(query, key, value, context.own(), in_order=True)
+      mixed = self.attend(query, key, value, context.own(), context, in_order=True)
     else:
       slots = context.slots(cache.positions.shape[1])
       cache = cache.write(slots, key, value, positions)
-      mixed = self.attend(query, cache.key, cache.value, Seen(positions, cache.positions))
+      seen = Seen(positions, cache.positions)
+      mixed = self.attend(query, cache.key, cache.value, seen, context)
     return self.project(mixed, x.shape[-1], context), cache

@@ -19,10 +19,10 @@ from deepseek_jax.layers.attention.mha import (
   empty_head_cache,
 )
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.shards import attend_sharded
 from deepseek_jax.layers.attention.shared_window import latest
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import Met, vector, weight
-from deepseek_jax.ops.attention.blocked import attend_blocked
 from deepseek_jax.ops.attention.gathered import attend_selected
 from deepseek_jax.ops.attention.pieces import cut, joined
 from deepseek_jax.ops.attention.reference import Seen
@@ -215,7 +215,9 @@ class NativeSparseAttention(HeadAttention):
 
     def dense(pairs: Pairs, **options: Any) -> jax.Array:
       seen = Seen(own[0], pairs.positions, own[1], pairs.segments)
-      return attend_blocked(query, pairs.key, pairs.value, seen, scale=scale, **options)
+      return attend_sharded(
+        query, pairs.key, pairs.value, seen, context.rules, scale=scale, **options
+      )
 
     with jax.named_scope('compressed'):
       mixed = gates[0] * dense(entries)

@@ -1,0 +1,108 @@
+"""Attention on a mesh, every device for its own rows and heads, is attention on one device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.context import packed_context
+from deepseek_jax.ops.attention.reference import Seen, attend_seen
+from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
+from deepseek_jax.sharding.presets import FSDP, TENSOR
+from deepseek_jax.sharding.rules import Rules
+
+H, K, V = 8, 12, 8
+LENGTHS = ([20, 17], [37], [1, 30], [5, 5, 5])
+
+
+def draw(batch, length, groups, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = ((H, K), (groups, K), (groups, V), (H, V))
+  return [jnp.asarray(rng.standard_normal((batch, length, *s)), jnp.float32) for s in shapes]
+
+
+@pytest.mark.parametrize('window', [None, (8, 2)])
+@pytest.mark.parametrize(
+  ('rows', 'groups'),
+  # Key heads for every device; one for all; two for four devices; rows that devices do not divide.
+  [(4, 8), (4, 1), (4, 2), (1, 8)],
+)
+def test_values_and_gradients(rows, groups, window):
+  query, key, value, grad = draw(rows, 37, groups)
+  seen = packed_context(LENGTHS[:rows], 37).own()
+  facts = {'seen': seen, 'scale': 0.3, 'window': window}
+  want, pull = jax.vjp(functools.partial(attend_seen, **facts), query, key, value)
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+    attend = functools.partial(attend_sharded, **facts, rules=TENSOR, in_order=True)
+
+    @jax.jit
+    def both(*arrays):
+      out, pull = jax.vjp(attend, *arrays)
+      return out, pull(grad)
+
+    text = both.lower(query, key, value).as_text()
+    out, grads = both(query, key, value)
+  assert 'manual_computation' in text
+  for a, b in zip((out, *grads), (want, *pull(grad)), strict=True):
+    real = np.asarray(seen.query_segments > 0)[..., None, None]
+    np.testing.assert_allclose(a * real, b * real, atol=1e-5)
+
+
+def test_the_compiler_is_left_to_spread_sequences():
+  query, key, value, _ = draw(2, 32, 8)
+  seen = packed_context([[32], [32]]).own()
+  rules = Rules(batch=('data',), seq=('model',))
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+    attend = functools.partial(attend_sharded, seen=seen, rules=rules, scale=0.3, in_order=True)
+    text = jax.jit(attend).lower(query, key, value).as_text()
+  assert 'manual_computation' not in text
+
+
+@functools.partial(jax.jit, static_argnames='rules')
+def step(query, key, value, positions, segments, rules):
+  seen = Seen(positions, positions, segments, segments)
+
+  def loss(*arrays):
+    out = attend_sharded(*arrays, seen, rules, scale=0.1, in_order=True)
+    return jnp.sum(out.astype(jnp.float32) ** 2)
+
+  return jax.value_and_grad(loss, argnums=(0, 1, 2))(query, key, value)
+
+
+def shapes(mesh, rules):
+  leaf = lambda axes, *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
+    shape, dtype, sharding=NamedSharding(mesh, rules.spec(axes))
+  )
+  heads = ('batch', None, 'act_heads', None)
+  facts = leaf(('batch', None), 4, 1024, dtype=jnp.int32)
+  arrays = [leaf(heads, 4, 1024, H, dim) for dim in (128, 128, 128)]
+  return *arrays, facts, facts
+
+
+@pytest.mark.parametrize('rules', [FSDP, TENSOR], ids=['fsdp', 'tensor'])
+def test_a_pod_runs_kernels(rules):
+  """The compiler could not spread them over chips by itself."""
+  mesh = make_mesh(MeshConfig(data=2, model=4))
+  with jax.set_mesh(mesh):
+    traced = step.trace(*shapes(mesh, rules), rules=rules)
+    text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert text.count('@tpu_custom_call(') == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rules', [FSDP, TENSOR], ids=['fsdp', 'tensor'])
+def test_a_pod_compiles(rules, monkeypatch):
+  """Four chips that are not here: kernels, and nothing that travels between them."""
+  pytest.importorskip('libtpu')
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  devices = topologies.get_topology_desc('v5p:2x2x1', 'tpu').devices
+  mesh = make_mesh(MeshConfig(data=2, model=2), devices)
+  with jax.set_mesh(mesh):
+    text = step.lower(*shapes(mesh, rules), rules=rules).compile().as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 3
+  assert 'all-gather' not in text
