@@ -56,6 +56,8 @@ DISPLAY = flags.DEFINE_enum('display', 'auto', ['auto', 'live', 'line'], 'termin
 CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack plans')
 TIED = flags.DEFINE_bool('tied', False, 'stop when standard input ends, as the sweep itself asks')
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+MOST = 60
+"""Characters of a value that a line of the plan shows; sweep.json has them whole."""
 
 
 def main(arguments: list[str]) -> int:
@@ -122,7 +124,12 @@ def describe(question: Any, made: Any) -> str:
   from deepseek_jax.lab.match import describe_match
 
   rows = [
-    (number, variant.name, '; '.join(variant.changes) or 'nothing', variant.experiment.train_steps)
+    (
+      number,
+      variant.name,
+      '; '.join(map(brief, variant.changes)) or 'nothing',
+      variant.experiment.train_steps,
+    )
     for number, variant in enumerate(made.variants)
   ]
   parts = [table(rows, ('', 'variant', 'differs from the base in', 'steps'))]
@@ -137,6 +144,12 @@ def describe(question: Any, made: Any) -> str:
     f'baseline {made.baseline}; all checks passed'
   )
   return '\n\n'.join(parts)
+
+
+def brief(change: str) -> str:
+  """Shortens `path: old → new`: a part in place of another has all of its fields there."""
+  sides = change.split(' → ')
+  return ' → '.join(side if len(side) <= MOST else f'{side[:MOST]}…' for side in sides)
 
 
 def command(index: int | str) -> list[str]:
