@@ -155,6 +155,7 @@ def kinds(heads: int, top_k: int) -> dict[str, Any]:
   from deepseek_jax.layers.attention.latent import MLA
   from deepseek_jax.layers.attention.mha import MHA
   from deepseek_jax.layers.attention.nsa import NSA
+  from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
   from deepseek_jax.layers.attention.shared_window import SharedWindow
   from deepseek_jax.layers.attention.sparse import DSA, Shared
   from deepseek_jax.layers.attention.top_k import TopK
@@ -185,6 +186,7 @@ def kinds(heads: int, top_k: int) -> dict[str, Any]:
     'Gated(0.3)': Gated(**latent, keep=Share(share=0.3)),
     'TopK(32)': TopK(**latent, top_k=32),
     'Window': Window(**latent, size=512, sinks=4),
+    'Recurrent': Recurrent(**latent, size=512, memory=Slots(text=16)),
     'NSA': NSA(heads=heads, head_dim=96, value_dim=64, blocks=max(top_k // 64, 3)),
     'SharedWindow': SharedWindow(**shared),
     'HCA': HCA(**shared),

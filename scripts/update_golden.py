@@ -31,6 +31,7 @@ TINY = (
   'tiny_gated',
   'tiny_mha',
   'tiny_nsa',
+  'tiny_recurrent',
   'tiny_top_k',
   'tiny_dsa',
   'tiny_mhc',

@@ -12,6 +12,7 @@ from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.mha import MHA
 from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.recurrent import Recurrent
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA
 from deepseek_jax.layers.attention.top_k import TopK
@@ -49,7 +50,7 @@ class DeepSeekV3:
   depth: int
   width: int
   vocab: int
-  attention: MLA | MHA | Window | Gated | TopK | DSA | NSA | SharedWindow | HCA | CSA
+  attention: MLA | MHA | Window | Gated | TopK | DSA | NSA | Recurrent | SharedWindow | HCA | CSA
   feed_forward: MoE | SwiGLU
   dense: SwiGLU
   dense_layers: int = 1

@@ -17,6 +17,7 @@ from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.mha import MHA
 from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.recurrent import Recurrent
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA
 from deepseek_jax.layers.attention.top_k import TopK
@@ -47,6 +48,7 @@ class Block:
     | TopK
     | DSA
     | NSA
+    | Recurrent
     | SharedWindow
     | HCA
     | CSA

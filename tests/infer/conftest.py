@@ -13,6 +13,7 @@ from deepseek_jax.layers.attention.indexer import Indexer
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.mha import MHA
 from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
 from deepseek_jax.layers.attention.sparse import DSA, Shared
 from deepseek_jax.layers.attention.top_k import TopK
@@ -37,6 +38,7 @@ KINDS = {
   ),
   'gated': Gated(**SIZES, keep=Share(share=0.3), block=4, window=1),
   'mha': MHA(heads=4, kv_heads=2, head_dim=8),
+  'recurrent': Recurrent(**SIZES, size=4, memory=Slots(text=3)),
   'nsa': NSA(
     heads=4, kv_heads=2, head_dim=8, span=4, stride=2, block=4, blocks=3, local=1, window=3
   ),
@@ -51,7 +53,7 @@ def random_variables(decoder):
   def draw(path, shape):
     if path[-1].key.endswith('scale'):
       return jnp.ones(shape.shape, shape.dtype)
-    if path[-1].key == 'key_bias':
+    if path[-1].key in ('key_bias', 'fading'):
       return jnp.asarray(noise.normal(0, 0.1, shape.shape), shape.dtype)
     fan_in = 1 if 'embedding' in str(path) else shape.shape[-2]
     return jnp.asarray(noise.normal(0, fan_in**-0.5, shape.shape), shape.dtype)

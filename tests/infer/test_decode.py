@@ -26,6 +26,7 @@ KINDS = (
   'top_k',
   'dsa',
   'dsa_shared',
+  'recurrent',
 )
 VOCAB, LENGTH = 61, 19
 TOLERANCE = 1e-5
@@ -73,7 +74,9 @@ def test_decode_is_the_full_forward_at_every_position(make_model, kind, lengths)
 
 
 @pytest.mark.parametrize('chunk', [1, 3, 7])
-@pytest.mark.parametrize('kind', ['mla', 'window', 'gated', 'top_k', 'dsa', 'dsa_shared'])
+@pytest.mark.parametrize(
+  'kind', ['mla', 'window', 'gated', 'top_k', 'dsa', 'dsa_shared', 'recurrent']
+)
 def test_prefill_in_chunks(make_model, kind, chunk):
   """Also where a ring goes round several times, and where rows end in different chunks."""
   decoder, variables = make_model(kind)

@@ -28,6 +28,7 @@ from configs import (
   tiny_mhc,
   tiny_mla,
   tiny_nsa,
+  tiny_recurrent,
   tiny_top_k,
   tiny_v4_attention,
   tiny_window,
@@ -74,6 +75,7 @@ CONFIGS = {
   'mha': tiny_mha,
   'mhc': tiny_mhc,
   'nsa': tiny_nsa,
+  'recurrent': tiny_recurrent,
   'v4': tiny_v4_attention,
   'caption': tiny_caption,
 }

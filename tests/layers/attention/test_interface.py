@@ -13,6 +13,7 @@ from deepseek_jax.layers.attention.interface import AttentionConfig
 from deepseek_jax.layers.attention.latent import MLA, Latent
 from deepseek_jax.layers.attention.mha import MHA
 from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA, Shared, WarmUp
 from deepseek_jax.layers.attention.top_k import TopK
@@ -46,6 +47,7 @@ KINDS = {
     {'heads': 4, 'kv_heads': 2, 'head_dim': 6, 'span': 2, 'stride': 1, 'block': 2, 'blocks': 2}
     | {'initial': 0, 'local': 1, 'window': 2},
   ),
+  'recurrent': (Recurrent, {'size': 2, 'memory': Slots(text=2, image=1)}),
   'mha': (MHA, {'heads': 4, 'kv_heads': 2, 'head_dim': 6}),
 }
 
