@@ -1,0 +1,148 @@
+"""Answers that are right in rows up to 16,384 symbols, by task and length.
+
+  python -m experiments.recall.reach --runs=runs/recall_kinds [--lengths=2048,4096,8192,16384]
+  python -m experiments.recall.reach --rows=FILE [--out=FOLDER]
+
+Asks every run of the sweep for pairs that stand at the beginning of a row (`multi_query`) and for
+pairs hidden anywhere in it (`needle`). Writes rows.jsonl, prints a table of it, and draws reach.svg
+and reach.png; with --rows, from those of earlier. The question and what was found are in README.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from deepseek_jax import lab
+from deepseek_jax.data.recall import MultiQuery, Needle, Recall, RecallData
+from deepseek_jax.hub import CACHE_DIR, Pretrained
+from deepseek_jax.lab.picture import COLOURS
+from deepseek_jax.lab.recall import recall_by_distance
+
+HERE = pathlib.Path(__file__).parent
+QUESTIONS = 512
+"""Answers that are asked for, at least, in each kind of row."""
+
+
+def tasks(data: Recall) -> dict[str, MultiQuery | Needle]:
+  """Returns what is asked: the task of training, with questions anywhere, and needles."""
+  pairs = data.task.pairs
+  return {
+    'multi_query': MultiQuery(pairs=pairs, questions=pairs, power=1.0),
+    'needle': Needle(pairs=min(pairs, 4)),
+  }
+
+
+def share_right(model: Pretrained, task: MultiQuery | Needle, length: int) -> dict[str, Any]:
+  """Returns the share of right answers in rows of `length`, in all and by distance."""
+  config = model.experiment.data
+  assert isinstance(config, Recall)
+  rows = -(-QUESTIONS // task.questions)
+  config = dataclasses.replace(
+    config, task=task, length=length, batch_size=max(8192 // length, 1), heldout_rows=rows
+  )
+  data = config.prepare(CACHE_DIR.expanduser())
+  assert isinstance(data, RecallData)
+  found = recall_by_distance(model.decoder, model.variables, data)
+  asked = sum(entry.asked for entry in found)
+  return {
+    'asked': asked,
+    'right': sum(entry.right * entry.asked for entry in found) / asked,
+    'by_distance': {str(entry.nearest): round(entry.right, 4) for entry in found},
+  }
+
+
+def read(runs: pathlib.Path, lengths: list[int], out: pathlib.Path) -> list[dict[str, Any]]:
+  """Measures every run of a sweep; what was measured before is not lost to what fails later."""
+  rows: list[dict[str, Any]] = []
+  for folder in sorted(runs.glob('*/seed_*')):
+    model = lab.from_pretrained(folder)
+    facts = {'variant': folder.parent.name, 'seed': int(folder.name.removeprefix('seed_'))}
+    assert isinstance(model.experiment.data, Recall)
+    for name, task in tasks(model.experiment.data).items():
+      for length in lengths:
+        rows.append({**facts, 'task': name, 'length': length, **share_right(model, task, length)})
+        with (out / 'rows.jsonl').open('a', encoding='utf-8') as file:
+          file.write(json.dumps(rows[-1]) + '\n')
+        print(f'{folder}: {name} of {length:,}: {rows[-1]["right"]:.1%} right', flush=True)
+  return rows
+
+
+def grouped(rows: list[dict[str, Any]], task: str) -> dict[str, dict[int, list[float]]]:
+  """Returns variant → length → shares, a number a seed."""
+  found: dict[str, dict[int, list[float]]] = {}
+  for row in rows:
+    if row['task'] == task:
+      found.setdefault(row['variant'], {}).setdefault(row['length'], []).append(row['right'])
+  return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+  """Returns Markdown tables, one a task: mean over seeds ± standard deviation."""
+  parts = []
+  for task in dict.fromkeys(row['task'] for row in rows):
+    found = grouped(rows, task)
+    lengths = sorted({length for shares in found.values() for length in shares})
+    lines = [
+      f'| {task}, right answers | {" | ".join(f"{length:,}" for length in lengths)} |',
+      '|---|' + '---:|' * len(lengths),
+    ]
+    for name, shares in found.items():
+      cells = []
+      for length in lengths:
+        values = shares.get(length, [])
+        spread = f' ± {statistics.stdev(values):.1%}' if len(values) > 1 else ''
+        cells.append(f'{statistics.mean(values):.1%}{spread}' if values else '—')
+      lines.append(f'| {name} | {" | ".join(cells)} |')
+    parts.append('\n'.join(lines))
+  return '\n\n'.join(parts)
+
+
+def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
+  """Draws right answers against length, a square a task: mean and range of the seeds."""
+  names = list(dict.fromkeys(row['task'] for row in rows))
+  figure = Figure(figsize=(8, 3.8), layout='constrained')
+  grid = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+  for axes, task in zip(grid, names):
+    for colour, (name, shares) in zip(COLOURS, grouped(rows, task).items()):
+      lengths = sorted(shares)
+      middle = [statistics.mean(shares[length]) for length in lengths]
+      axes.plot(lengths, middle, color=colour, marker='o', ms=3, lw=1.2, label=name)
+      low, high = ([edge(shares[n]) for n in lengths] for edge in (min, max))
+      axes.fill_between(lengths, low, high, color=colour, alpha=0.15)
+    axes.set_xscale('log', base=2)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_title(task, fontsize=9)
+    axes.set_xlabel('symbols in a row')
+    axes.spines[['top', 'right']].set_visible(False)
+  grid[0].set_ylabel('right answers')
+  figure.legend(*grid[0].get_legend_handles_labels(), loc='outside right upper', frameon=False)
+  figure.savefig(folder / 'reach.svg', metadata={'Date': None})
+  figure.savefig(folder / 'reach.png', dpi=120)
+
+
+def main() -> None:
+  """Makes rows or reads them, and shows them."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/recall_kinds'))
+  parser.add_argument('--lengths', default='2048,4096,8192,16384')
+  parser.add_argument('--rows', type=pathlib.Path)
+  parser.add_argument('--out', type=pathlib.Path, default=HERE)
+  arguments = parser.parse_args()
+  arguments.out.mkdir(parents=True, exist_ok=True)
+  if arguments.rows is None:
+    rows = read(arguments.runs, [int(n) for n in arguments.lengths.split(',')], arguments.out)
+  else:
+    rows = [json.loads(line) for line in arguments.rows.read_text(encoding='utf-8').splitlines()]
+  if not rows:
+    raise SystemExit(f'{arguments.runs}: no finished run here; run sweep.py first')
+  draw(rows, arguments.out)
+  print(table(rows))
+
+
+if __name__ == '__main__':
+  main()

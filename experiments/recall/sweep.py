@@ -1,0 +1,57 @@
+"""Sparse attention on a dense model that can look things up: what does it still find?
+
+python scripts/train.py --config=configs/recall.py --workdir=runs/recall
+python scripts/train.py --config=experiments/recall/longer.py --workdir=runs/recall_longer
+python scripts/sweep.py --experiment=experiments/recall/sweep.py --output=runs/recall_kinds
+python -m experiments.recall.reach --runs=runs/recall_kinds
+"""
+
+from typing import Any
+
+from deepseek_jax.core.override import override
+from deepseek_jax.core.sweep import Sweep, chain, product, seeds
+from deepseek_jax.layers.attention.gated import Gated, Log, Share
+from deepseek_jax.layers.attention.indexer import Indexer
+from deepseek_jax.layers.attention.sparse import DSA
+from deepseek_jax.layers.attention.top_k import TopK
+from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.init_from import InitFrom
+from experiments.recall import longer
+
+baseline = 'dense'
+ATTENTION = 'model.attention'
+LATENT: dict[str, Any] = {
+  'heads': 4,
+  'nope_dim': 16,
+  'rope_dim': 16,
+  'value_dim': 16,
+  'latent': 64,
+}
+KEPT = 614
+"""Keys of a query: 30 percent of a row."""
+
+
+def base() -> Experiment:
+  """Returns the dense model, which goes on for some steps."""
+  changes = {
+    'name': 'recall_kinds',
+    'train_steps': 100,
+    'cadence.evaluate': 50,
+    'cadence.save': 50,
+    'init_from': InitFrom('runs/recall_longer'),
+  }
+  return override(longer.get_config(), changes)[0]
+
+
+def variants() -> Sweep:
+  """Returns kinds that see 30 percent of a full row, and two that see much less."""
+  kinds = {
+    'window': Window(**LATENT, size=KEPT, sinks=4),
+    'gated_share': Gated(**LATENT, keep=Share(share=0.3), block=16, window=16),
+    'gated_log': Gated(**LATENT, keep=Log(factor=16.0), block=16, window=16),
+    'dsa': DSA(**LATENT, indexer=Indexer(heads=4, dim=32), top_k=KEPT),
+    'top_k_32': TopK(**LATENT, top_k=32),
+  }
+  changed = {name: {ATTENTION: kind} for name, kind in kinds.items()}
+  return product(chain(dense={}, **changed), seeds(3))
