@@ -75,7 +75,8 @@ def attention_maps(model: Pretrained, prompt: str | Sequence[int]) -> AttentionM
     prompt: a text, which becomes bos and its tokens; or token ids.
 
   Raises:
-    ConfigError: a layer's attention shows no weights in either way.
+    ConfigError: a layer's attention shows no weights in either way, or attends to what is no token,
+      such as slots of a memory.
   """
   text = passage(model, prompt)
   weights = []
@@ -90,7 +91,14 @@ def attention_maps(model: Pretrained, prompt: str | Sequence[int]) -> AttentionM
         'its module derive from LatentAttention or HeadAttention, or compute the weights '
         '[B, H, T, S] in a method `weigh`'
       )
-    weights.append(np.asarray(visit.seen[0][0]))
+    found = np.asarray(visit.seen[0][0])
+    if found.shape[-1] != len(text.pieces):
+      kind = type(blocks[visit.layer].attention).__name__
+      raise ConfigError(
+        f'layer {visit.layer}: {kind} attends to {found.shape[-1]} keys, which are not the '
+        f'{len(text.pieces)} tokens alone; a map of tokens would name them wrongly'
+      )
+    weights.append(found)
   return AttentionMaps(pieces=text.pieces, weights=tuple(weights))
 
 

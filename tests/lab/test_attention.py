@@ -14,6 +14,7 @@ from deepseek_jax.lab.walk import passage, walk
 from deepseek_jax.layers.attention.gated import LATER_WINS, Gated, Share
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.weights import weight
@@ -175,6 +176,13 @@ def test_a_kind_of_another_make_shows_its_own(make_model):
   np.testing.assert_allclose(maps.weights[0][0, 2], [1 / 3, 1 / 3, 1 / 3, 0], rtol=1e-6)
   with pytest.raises(ConfigError, match=r'layer 0: Own gives 0 maps .* `weigh`'):
     lab.attention_maps(make_model(**dense, attention=Own(module=SilentAttention)), 'abc')
+
+
+def test_slots_of_a_memory_are_no_tokens(make_model):
+  dense = {'dense_layers': 2, 'dense': SwiGLU(hidden=16)}
+  model = make_model(**dense, attention=Recurrent(**SIZES, size=4, memory=Slots(text=3)))
+  with pytest.raises(ConfigError, match=r'layer 0: Recurrent attends to \d+ keys'):
+    lab.attention_maps(model, TEXT)
 
 
 def test_a_map_is_drawn(tmp_path):
