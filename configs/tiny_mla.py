@@ -6,6 +6,9 @@ Expected: the training loss falls from 5.7 nats a byte; 20 steps teach little mo
 bytes are frequent.
 """
 
+import dataclasses
+from typing import Any
+
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.layers.attention.latent import MLA
@@ -17,6 +20,23 @@ from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.train.experiment import Cadence, Experiment
 
+LATENT: dict[str, Any] = {
+  'heads': 4,
+  'nope_dim': 8,
+  'rope_dim': 4,
+  'value_dim': 8,
+  'latent': 16,
+  'query_latent': 24,
+}
+"""Sizes of the kinds that derive from MLA."""
+
+
+def with_attention(name: str, attention: Any) -> Experiment:
+  """Returns the run with another kind of attention."""
+  base = get_config()
+  model = dataclasses.replace(base.model, attention=attention)
+  return dataclasses.replace(base, name=name, model=model)
+
 
 def get_config() -> Experiment:
   """Returns the run."""
@@ -27,7 +47,7 @@ def get_config() -> Experiment:
       width=32,
       # 259 bytes and special tokens, rounded up so that 8 devices can share them.
       vocab=264,
-      attention=MLA(heads=4, nope_dim=8, rope_dim=4, value_dim=8, latent=16, query_latent=24),
+      attention=MLA(**LATENT),
       dense=SwiGLU(hidden=64),
       dense_layers=1,
       feed_forward=MoE(experts=8, top_k=2, hidden=16, shared=1),

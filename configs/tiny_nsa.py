@@ -4,18 +4,13 @@ Command: python scripts/train.py --config=configs/tiny_nsa.py --workdir=runs/tin
 Hardware, time and result: those of configs/tiny_mla.py, from which only the attention differs.
 """
 
-import dataclasses
-
 from configs import tiny_mla
 from deepseek_jax.layers.attention.nsa import NSA
-from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.train.experiment import Experiment
 
 
 def get_config() -> Experiment:
   """Returns the run."""
-  base = tiny_mla.get_config()
-  assert isinstance(base.model, DeepSeekV3)
   # Four key heads, so that the mesh of four that heads are spread over divides them.
   attention = NSA(
     heads=8,
@@ -29,6 +24,4 @@ def get_config() -> Experiment:
     local=1,
     window=16,
   )
-  return dataclasses.replace(
-    base, name='tiny_nsa', model=dataclasses.replace(base.model, attention=attention)
-  )
+  return tiny_mla.with_attention('tiny_nsa', attention)

@@ -4,21 +4,12 @@ Command: python scripts/train.py --config=configs/tiny_window.py --workdir=runs/
 Hardware, time and result: those of configs/tiny_mla.py, from which only the attention differs.
 """
 
-import dataclasses
-
 from configs import tiny_mla
 from deepseek_jax.layers.attention.window import Window
-from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.train.experiment import Experiment
 
 
 def get_config() -> Experiment:
   """Returns the run."""
-  base = tiny_mla.get_config()
-  assert isinstance(base.model, DeepSeekV3)
-  attention = Window(
-    heads=4, nope_dim=8, rope_dim=4, value_dim=8, latent=16, query_latent=24, size=16, sinks=2
-  )
-  return dataclasses.replace(
-    base, name='tiny_window', model=dataclasses.replace(base.model, attention=attention)
-  )
+  attention = Window(**tiny_mla.LATENT, size=16, sinks=2)
+  return tiny_mla.with_attention('tiny_window', attention)

@@ -16,7 +16,6 @@ from deepseek_jax.layers.attention.latent import (
   LATENT_CACHE_AXES,
   Latent,
   LatentCache,
-  Queries,
   empty_latent_cache,
 )
 from deepseek_jax.layers.context import Context
@@ -164,8 +163,7 @@ class GatedAttention(ChosenAttention):
   ) -> tuple[jax.Array, Cache | None]:
     """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
     c = self.config
-    source = self.query_source(x)
-    query = Queries(source, self.query_matrix(source), context.positions)
+    query = self.unmade_queries(x, context)
     key = self.latents(x, context)
     # float32: the scores are ranked, and rounding makes ties.
     w = weight(self, 'gate', (x.shape[-1], 1), ('embed', None), dtype=jnp.float32)

@@ -149,6 +149,11 @@ class LatentAttention(nn.Module):
     """Returns queries without position [B, T, H, nope] and rotated ones [B, T, H, R]."""
     return self.queries_of(self.query_source(x), context)
 
+  def unmade_queries(self, x: jax.Array, context: Context) -> Queries:
+    """Returns what the queries of `x` [B, T, D] are made of, for a kind that makes them later."""
+    source = self.query_source(x)
+    return Queries(source, self.query_matrix(source), context.positions)
+
   def query_source(self, x: jax.Array) -> jax.Array:
     """Returns what queries are made of: the normalised query latent [B, T, C], or `x` itself."""
     c = self.config

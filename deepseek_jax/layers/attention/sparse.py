@@ -212,11 +212,10 @@ class SparseAttention(ChosenAttention):
   ) -> tuple[jax.Array, Cache | None]:
     """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
     c = self.config
-    source = self.query_source(x)
-    query = Queries(source, self.query_matrix(source), context.positions)
+    query = self.unmade_queries(x, context)
     key = self.latents(x, context)
     with jax.named_scope('indexer'):
-      index = LightningIndexer(c.indexer, c, name='indexer')(x, source, context)
+      index = LightningIndexer(c.indexer, c, name='indexer')(x, query.source, context)
     dense = isinstance(c.stage, WarmUp)
     if cache is not None:
       cache = self.remember(cache, key, index, context)

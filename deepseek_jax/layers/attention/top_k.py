@@ -14,7 +14,6 @@ from deepseek_jax.layers.attention.latent import (
   LATENT_CACHE_AXES,
   Latent,
   LatentCache,
-  Queries,
   empty_latent_cache,
 )
 from deepseek_jax.layers.context import Context
@@ -78,8 +77,7 @@ class TopKAttention(ChosenAttention):
   ) -> tuple[jax.Array, Cache | None]:
     """Mixes `x` [B, T, D]; see `AttentionConfig.build`."""
     c = self.config
-    source = self.query_source(x)
-    query = Queries(source, self.query_matrix(source), context.positions)
+    query = self.unmade_queries(x, context)
     key = self.latents(x, context)
     up = self.up(x.dtype)
     if cache is None:

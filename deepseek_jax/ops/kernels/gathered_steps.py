@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.ops.attention.blocks import FLOOR
 from deepseek_jax.ops.attention.reference import MASKED
-from deepseek_jax.ops.kernels.gathered_layout import LANES, TILE, Call, Cut, Piece, Row
+from deepseek_jax.ops.kernels.gathered_plan import LANES, TILE, Call, Cut, Piece, Row
 
 UNROLL = 32
 """Rows that are moved between two looks at a loop's counter."""

@@ -44,7 +44,15 @@ from deepseek_jax.ops.attention.blocks import Back, Extras
 from deepseek_jax.ops.attention.gathered_loop import Form
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.kernels import gathered_layout as layout
-from deepseek_jax.ops.kernels.gathered_layout import LANES, TILE, Call
+from deepseek_jax.ops.kernels.gathered_plan import (
+  LANES,
+  TILE,
+  Call,
+  cut_up,
+  lay_out,
+  memory,
+  round_up,
+)
 from deepseek_jax.ops.kernels.gathered_steps import backward_kernel, forward_kernel
 from deepseek_jax.ops.mesh import arrays_are_whole
 
@@ -69,14 +77,14 @@ def fits(
   dtypes = {query.dtype, rows.dtype}
   if len(dtypes) > 1 or not dtypes <= {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
     return False
-  row, share = layout.lay_out(form, rows.dtype), query.shape[2] // rows.shape[1]
+  row, share = lay_out(form, rows.dtype), query.shape[2] // rows.shape[1]
   return (
     arrays_are_whole()
     and indices.shape[1] * indices.shape[2] >= rows.shape[2]
     and 0 < indices.shape[2] <= LARGEST
     and (form.block == 1 or (form.block % 8 == 0 and (share == 1 or share % 8 == 0)))
     and row.width * 4 <= WASTE * rows.shape[3] * rows.dtype.itemsize
-    and layout.cut_up(form, query, rows, indices, backward) is not None
+    and cut_up(form, query, rows, indices, backward) is not None
   )
 
 
@@ -159,15 +167,13 @@ def backward(
   wide = _gradient_lanes(call)
   outputs = {
     'to_query': jax.ShapeDtypeStruct(queries.shape, query.dtype),
-    'to_rows': jax.ShapeDtypeStruct(
-      (batch, cut.chunks, layout.round_up(slots, 8), 1, wide), jnp.float32
-    ),
+    'to_rows': jax.ShapeDtypeStruct((batch, cut.chunks, round_up(slots, 8), 1, wide), jnp.float32),
   }
   scratch = {
     **_buffers(call, rows.dtype),
     'sum': pltpu.VMEM((cut.groups, cut.rows, row.key), jnp.float32),
     'part': pltpu.VMEM((TILE, 1, wide), jnp.float32),
-    'whole': pltpu.VMEM((layout.round_up(slots, 8), 1, wide), jnp.float32),
+    'whole': pltpu.VMEM((round_up(slots, 8), 1, wide), jnp.float32),
     'done': pltpu.SemaphoreType.DMA,
   }
   out = _run(backward_kernel, call, arrays, outputs, scratch, 5, interpret)
@@ -191,10 +197,10 @@ def backward(
 
 
 def _call(form, query, rows, key_bias, indices, seen, backward: bool) -> Call:
-  cut = layout.cut_up(form, query, rows, indices, backward)
+  cut = cut_up(form, query, rows, indices, backward)
   assert cut is not None
   segments = seen is not None and seen.query_segments is not None
-  row = layout.lay_out(form, rows.dtype)
+  row = lay_out(form, rows.dtype)
   return Call(form, row, cut, rows.shape[2], segments, key_bias is not None)
 
 
@@ -241,7 +247,7 @@ def _run(kernel, call: Call, arrays, outputs, scratch, flops: int, interpret: bo
     scratch_shapes=list(scratch.values()),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=(pltpu.PARALLEL, pltpu.PARALLEL, last),
-      vmem_limit_bytes=int(0.9 * layout.memory()),
+      vmem_limit_bytes=int(0.9 * memory()),
       # No place is beyond the rows: they are clipped before.
       disable_bounds_checks=True,
     ),

@@ -14,7 +14,7 @@ from deepseek_jax.ops.attention import gathered
 from deepseek_jax.ops.attention.gathered import KeySets, Selected, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.gathered_loop import Form
 from deepseek_jax.ops.attention.reference import MASKED, Seen, visible
-from deepseek_jax.ops.kernels import gathered_layout, gathered_steps, gathered_tpu
+from deepseek_jax.ops.kernels import gathered_plan, gathered_steps, gathered_tpu
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
 
 B, H = 2, 8
@@ -38,7 +38,7 @@ def kernels(monkeypatch):
       del form, row
       return 1 << 40 if any(getattr(cut, name) != x for name, x in wanted.items()) else 0
 
-    monkeypatch.setattr(gathered_layout, 'vmem_bytes', size)
+    monkeypatch.setattr(gathered_plan, 'vmem_bytes', size)
 
   return ask
 
