@@ -10,6 +10,7 @@ from deepseek_jax.core.sweep import Sweep, chain, product, seeds
 from deepseek_jax.layers.attention.sparse import DSA
 from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.optim.schedule import Constant
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.init_from import InitFrom
 from experiments.attention_kinds.sweep import ATTENTION, LATENT
@@ -46,6 +47,6 @@ def variants() -> Sweep:
     'top_k': {ATTENTION: TopK(**LATENT, top_k=warm_up.TOP_K)},
     'window': {ATTENTION: Window(**LATENT, size=warm_up.TOP_K, sinks=0)},
   }
-  nothing = {'train_steps': 1, 'optimizer.peak_lr': 1e-12, **EVALUATE_ONCE}
+  nothing = {'train_steps': 1, 'optimizer.peak_lr': 1e-12, 'schedule': Constant(), **EVALUATE_ONCE}
   at_once = {f'{name}_at_once': {**way, **nothing} for name, way in ways.items()}
   return product(chain(dense={}, **ways, **at_once), seeds(3))

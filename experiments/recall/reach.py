@@ -23,7 +23,6 @@ from deepseek_jax.hub import CACHE_DIR, Pretrained
 from deepseek_jax.lab.picture import COLOURS
 from deepseek_jax.lab.recall import recall_by_distance
 
-HERE = pathlib.Path(__file__).parent
 QUESTIONS = 512
 """Answers that are asked for, at least, in each kind of row."""
 
@@ -131,16 +130,19 @@ def main() -> None:
   parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/recall_kinds'))
   parser.add_argument('--lengths', default='2048,4096,8192,16384')
   parser.add_argument('--rows', type=pathlib.Path)
-  parser.add_argument('--out', type=pathlib.Path, default=HERE)
+  parser.add_argument('--out', type=pathlib.Path, help='folder; that of the runs by default')
   arguments = parser.parse_args()
-  arguments.out.mkdir(parents=True, exist_ok=True)
+  out = arguments.out or (arguments.rows.parent if arguments.rows else arguments.runs)
+  if arguments.rows is None and not any(arguments.runs.glob('*/seed_*')):
+    raise SystemExit(f'{arguments.runs}: no run here; run sweep.py first')
+  out.mkdir(parents=True, exist_ok=True)
+  if arguments.rows is None and (out / 'rows.jsonl').exists():
+    raise SystemExit(f'{out}/rows.jsonl: is there; show it with --rows, or choose another --out')
   if arguments.rows is None:
-    rows = read(arguments.runs, [int(n) for n in arguments.lengths.split(',')], arguments.out)
+    rows = read(arguments.runs, [int(n) for n in arguments.lengths.split(',')], out)
   else:
     rows = [json.loads(line) for line in arguments.rows.read_text(encoding='utf-8').splitlines()]
-  if not rows:
-    raise SystemExit(f'{arguments.runs}: no finished run here; run sweep.py first')
-  draw(rows, arguments.out)
+  draw(rows, out)
   print(table(rows))
 
 

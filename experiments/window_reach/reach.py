@@ -27,7 +27,6 @@ from deepseek_jax.lab.picture import COLOURS
 from deepseek_jax.layers.attention.window import Window
 from experiments.attention_kinds.sweep import LATENT
 
-HERE = pathlib.Path(__file__).parent
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 READ_THROUGH = {
   'all, read in 1024': Window(**LATENT, size=1024, sinks=4),
@@ -67,6 +66,8 @@ def read(runs: pathlib.Path, length: int, out: pathlib.Path) -> list[dict[str, A
   for folder in sorted(runs.glob('*/seed_*')):
     model = lab.from_pretrained(folder)
     documents = long_documents(model, length)
+    if not documents:
+      raise SystemExit(f'no held-out document has {length:,} tokens; give a smaller --length')
     name, seed = folder.parent.name, int(folder.name.removeprefix('seed_'))
     models = {name: model}
     if name == 'all':
@@ -98,8 +99,8 @@ def table(rows: list[dict[str, Any]]) -> str:
   for name, values in found.items():
     cells = []
     for column in values.T:
-      spread = statistics.stdev(column) if len(column) > 1 else float('nan')
-      cells.append(f'{column.mean():.3f} ± {spread:.3f}')
+      spread = f' ± {statistics.stdev(column):.3f}' if len(column) > 1 else ''
+      cells.append(f'{column.mean():.3f}{spread}')
     lines.append(f'| {name} | {" | ".join(cells)} |')
   return '\n'.join(lines)
 
@@ -129,16 +130,19 @@ def main() -> None:
   parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/reach'))
   parser.add_argument('--length', type=int, default=EDGES[-1])
   parser.add_argument('--rows', type=pathlib.Path)
-  parser.add_argument('--out', type=pathlib.Path, default=HERE)
+  parser.add_argument('--out', type=pathlib.Path, help='folder; that of the runs by default')
   arguments = parser.parse_args()
-  arguments.out.mkdir(parents=True, exist_ok=True)
+  out = arguments.out or (arguments.rows.parent if arguments.rows else arguments.runs)
+  if arguments.rows is None and not any(arguments.runs.glob('*/seed_*')):
+    raise SystemExit(f'{arguments.runs}: no run here; run sweep.py first')
+  out.mkdir(parents=True, exist_ok=True)
+  if arguments.rows is None and (out / 'rows.jsonl').exists():
+    raise SystemExit(f'{out}/rows.jsonl: is there; show it with --rows, or choose another --out')
   if arguments.rows is None:
-    rows = read(arguments.runs, arguments.length, arguments.out)
+    rows = read(arguments.runs, arguments.length, out)
   else:
     rows = [json.loads(line) for line in arguments.rows.read_text(encoding='utf-8').splitlines()]
-  if not rows:
-    raise SystemExit(f'{arguments.runs}: no finished run here; run sweep.py first')
-  draw(rows, 2048, arguments.out)
+  draw(rows, 2048, out)
   print(table(rows))
 
 
