@@ -158,9 +158,11 @@ def train_batches(
   def load(indices: np.ndarray) -> Batch:
     return split.batch(indices[wanted])
 
-  # Row numbers are shuffled and batched, which is cheap; each host then reads its rows only.
-  batches = (
-    grain.MapDataset.range(split.rows).shuffle(seed=seed).repeat().batch(batch_size).map(load)
-  )
+  # Row numbers are shuffled and batched, which is cheap; each host then reads its rows only. A
+  # number of epochs is given because grain counts batches in floats: those of one row, without end,
+  # would be more than `len` may return.
+  epochs = 2**52 // split.rows
+  numbers = grain.MapDataset.range(split.rows).shuffle(seed=seed).repeat(epochs)
+  batches = numbers.batch(batch_size).map(load)
   options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
   return iter(batches[step:].to_iter_dataset(options))

@@ -109,6 +109,13 @@ def test_hosts_read_only_their_rows(data):
   assert set(asked) == {2}
 
 
+def test_batches_of_one_row(data):
+  """Far into training too."""
+  for step in (0, 1_000_000):
+    batches = train_batches(data.train, step, batch_size=1, seed=0)
+    assert next(batches).tokens.shape == (1, 32)
+
+
 def test_batch_larger_than_the_corpus(data):
   """Holds several epochs."""
   rows = data.train.rows
