@@ -7,7 +7,7 @@ from deepseek_jax.data.drawing import OpenClipart
 from deepseek_jax.data.packed_split import PackedSplit, heldout_batches
 from deepseek_jax.data.pairs import Pairs
 from deepseek_jax.data.pipeline import TextCorpus, TextData, train_batches
-from deepseek_jax.data.recall import MultiQuery, Needle, Recall, RecallData, RecallSplit
+from deepseek_jax.data.recall import MultiQuery, Needle, Recall, RecallData, RecallSplit, Scattered
 from deepseek_jax.data.source import Embedded, TextFiles
 from deepseek_jax.data.tokenizer import BPE, Bytes, DeepSeekVocabulary, TokenizerFile
 
@@ -29,6 +29,7 @@ __all__ = [
   'Recall',
   'RecallData',
   'RecallSplit',
+  'Scattered',
   'TextCorpus',
   'TextData',
   'TextFiles',

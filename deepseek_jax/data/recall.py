@@ -7,7 +7,7 @@ symbols of their own kinds, so that what has to be learnt is to look back, and h
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -55,15 +55,15 @@ class MultiQuery:
   power: float = 0.01
 
   def __post_init__(self):
-    messages = [
-      f'MultiQuery.{name}: expected at least 1, found {getattr(self, name)}'
-      for name in ('pairs', 'questions')
-      if getattr(self, name) < 1
-    ]
+    messages = []
     if not 0 < self.power <= 1:
       messages.append(f'MultiQuery.power: expected above 0 and at most 1, found {self.power}')
-    if messages:
-      raise ConfigError(messages)
+    _check(self, messages)
+
+  @property
+  def least(self) -> int:
+    """Tokens that a row must have."""
+    return 2 * (self.pairs + self.questions) + 1
 
   def layout(self, generator: np.random.Generator, length: int) -> Layout:
     """Places the pairs of a row of `length` tokens, bos among them."""
@@ -72,9 +72,38 @@ class MultiQuery:
     slots = np.arange((length - first) // 2)
     odds = (slots + 1.0) ** (self.power - 1)
     chosen = generator.choice(len(slots), self.questions, replace=False, p=odds / odds.sum())
-    rounds = -(-self.questions // self.pairs)
-    pair = np.concatenate([generator.permutation(self.pairs) for _ in range(rounds)])
-    return Layout(given, first + 2 * chosen, pair[: self.questions])
+    return Layout(given, first + 2 * chosen, _rounds(self, generator))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scattered:
+  """Pairs anywhere in the first half of a row, among other symbols; questions in the second.
+
+  As long as there are as many questions as pairs, or fewer, no pair is asked for twice.
+
+  Attributes:
+    pairs: keys with a value each.
+    questions: keys that come again.
+  """
+
+  pairs: int = 4
+  questions: int = 4
+
+  def __post_init__(self):
+    _check(self)
+
+  @property
+  def least(self) -> int:
+    """Tokens that a row must have."""
+    return 4 * max(self.pairs, self.questions) + 1
+
+  def layout(self, generator: np.random.Generator, length: int) -> Layout:
+    """Places the pairs of a row of `length` tokens, bos among them."""
+    slots = (length - 1) // 2
+    half = slots // 2
+    given = 1 + 2 * generator.choice(half, self.pairs, replace=False)
+    asked = 1 + 2 * (half + generator.choice(slots - half, self.questions, replace=False))
+    return Layout(given, asked, _rounds(self, generator))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,13 +119,17 @@ class Needle:
   pairs: int = 4
 
   def __post_init__(self):
-    if self.pairs < 1:
-      raise ConfigError(f'Needle.pairs: expected at least 1, found {self.pairs}')
+    _check(self)
 
   @property
   def questions(self) -> int:
     """As many as pairs."""
     return self.pairs
+
+  @property
+  def least(self) -> int:
+    """Tokens that a row must have."""
+    return 4 * self.pairs + 1
 
   def layout(self, generator: np.random.Generator, length: int) -> Layout:
     """Places the pairs of a row of `length` tokens, bos among them."""
@@ -104,6 +137,27 @@ class Needle:
     slots = (last - 1) // 2
     given = 1 + 2 * generator.choice(slots, self.pairs, replace=False)
     return Layout(given, last + 2 * np.arange(self.pairs), generator.permutation(self.pairs))
+
+
+Task = MultiQuery | Scattered | Needle
+
+
+def _check(task: Task, messages: Sequence[str] = ()) -> None:
+  """Refuses a task without pairs or questions, and what `messages` say."""
+  low = [
+    f'{type(task).__name__}.{field.name}: expected at least 1, found {size}'
+    for field in dataclasses.fields(task)
+    if field.name in ('pairs', 'questions') and (size := getattr(task, field.name)) < 1
+  ]
+  if found := [*low, *messages]:
+    raise ConfigError(found)
+
+
+def _rounds(task: Task, generator: np.random.Generator) -> np.ndarray:
+  """Draws which pair each question asks for [Q]: all of them before any comes again."""
+  rounds = -(-task.questions // task.pairs)
+  pair = np.concatenate([generator.permutation(task.pairs) for _ in range(rounds)])
+  return pair[: task.questions]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +176,7 @@ class Recall:
     shuffle_seed: of the training rows and their order, from 0 to 2³² - 1.
   """
 
-  task: MultiQuery | Needle = MultiQuery()
+  task: Task = MultiQuery()
   keys: int = 64
   values: int = 64
   noise: int = 16
@@ -145,10 +199,9 @@ class Recall:
         f'Recall.keys: expected at least task.pairs, {self.task.pairs}, since the keys of a row '
         f'differ; found {self.keys}'
       )
-    least = 2 * (self.task.pairs + self.task.questions) + 1
-    if self.length < least:
+    if self.length < self.task.least:
       messages.append(
-        f'Recall.length: expected at least {least}, bos, {self.task.pairs} pairs and '
+        f'Recall.length: expected at least {self.task.least}, bos, {self.task.pairs} pairs and '
         f'{self.task.questions} questions; found {self.length}'
       )
     if not 0 <= self.shuffle_seed < 2**32:

@@ -7,7 +7,7 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.packed_split import heldout_batches
-from deepseek_jax.data.recall import MultiQuery, Needle, Recall
+from deepseek_jax.data.recall import MultiQuery, Needle, Recall, Scattered
 from deepseek_jax.data.symbols import SPECIALS, Symbols
 
 SIZES = {'keys': 9, 'values': 5, 'noise': 3, 'batch_size': 4, 'heldout_rows': 7, 'train_rows': 30}
@@ -16,6 +16,9 @@ TASKS = {
   'tight': (MultiQuery(pairs=5, questions=5, power=1.0), 21),
   'again': (MultiQuery(pairs=3, questions=17), 45),
   'few': (MultiQuery(pairs=4, questions=2), 37),
+  'scattered': (Scattered(pairs=4, questions=9), 45),
+  'tight_scattered': (Scattered(pairs=3, questions=5), 21),
+  'tight_pairs': (Scattered(pairs=5, questions=2), 22),
   'needles': (Needle(pairs=4), 37),
   'tight_needles': (Needle(pairs=5), 21),
   'even': (Needle(pairs=1), 8),
@@ -72,6 +75,13 @@ def test_layouts():
   assert places.min() < 20
   assert places.max() > 180
   assert abs(places.mean() - 99) < 25
+  task = Scattered(pairs=4, questions=40)
+  split = Recall(task=task, length=205, **SIZES).prepare(None).train
+  layouts = [split.row(n)[1] for n in range(30)]
+  for name, low, high in (('given', 1, 101), ('asked', 103, 203)):
+    places = np.concatenate([getattr(layout, name) for layout in layouts])
+    assert (places.min(), places.max()) == (low, high)
+    assert abs(places.mean() - (low + high) / 2) < 10
 
 
 def test_rows_depend_on_split_seed_and_number():
