@@ -1,5 +1,6 @@
 """Latent attention to chosen keys: what the sparse kinds share."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.layers.attention.latent import Latent, LatentAttention, Queries, expand_latents
-from deepseek_jax.ops.attention.gathered import KeySets, attend_blocks, attend_selected
+from deepseek_jax.layers.attention.shards import attend_chosen_sharded
+from deepseek_jax.layers.context import Context
+from deepseek_jax.ops.attention.gathered import KeySets
 from deepseek_jax.ops.attention.pieces import cut, joined
 from deepseek_jax.ops.attention.reference import Seen
 
@@ -41,9 +44,9 @@ class ChosenAttention(LatentAttention):
     self,
     query: Queries,
     key: tuple[jax.Array, jax.Array],
-    up: jax.Array,
-    output: jax.Array,
+    matrices: tuple[jax.Array, jax.Array],
     chosen: Chosen,
+    context: Context,
     bias: jax.Array | None = None,
     mass: bool = False,
   ) -> tuple[jax.Array, jax.Array | None]:
@@ -52,10 +55,10 @@ class ChosenAttention(LatentAttention):
     Args:
       query: the queries, which are made where they are needed.
       key: the pair that `latents` returns, or what a cache remembers of it.
-      up: what the method `up` returns.
-      output: what `output_matrix` returns. The heads' outputs are projected at once: together they
-        are several times as large as the result.
+      matrices: what the methods `up` and `output_matrix` return. The heads' outputs are projected
+        at once: together they are several times as large as the result.
       chosen: who attends to what.
+      context: facts about the T tokens.
       bias: [B, S] float32 added to every score of a key, or None.
       mass: whether the weights of the chosen keys are wanted; `chosen` then has one array.
 
@@ -63,8 +66,11 @@ class ChosenAttention(LatentAttention):
       [B, T, D]; and the softmax weights of the chosen keys, summed over heads, [B, T, m] float32,
       or None.
     """
-    c = self.config
-    key = (key[0].astype(up.dtype), key[1].astype(up.dtype))
+    c, dtype = self.config, matrices[0].dtype
+    key = (key[0].astype(dtype), key[1].astype(dtype))
+    attend = functools.partial(
+      attend_chosen_sharded, rules=context.rules, scale=c.softmax_scale, key_bias=bias, mass=mass
+    )
     tokens, keys = query.source.shape[1], key[0].shape[1]
     form = _expanded if chosen.block > 1 and keys <= EXPANDED else _absorbed
     found, first = [], 0
@@ -73,43 +79,38 @@ class ChosenAttention(LatentAttention):
       rows = slice(first, last)
       seen = None if chosen.seen is None else chosen.seen.at(rows)
       sets = KeySets(indices, chosen.block, seen)
-      found.append(form(c, query.rows(rows), key, (up, output), sets, bias, mass))
+      found.append(form(c, query.rows(rows), key, matrices, sets, attend))
       first = last
     y = jnp.concatenate([y for y, _ in found], axis=1)
     return y, found[0][1] if mass else None
 
 
-def _expanded(c: Latent, query: Queries, key, matrices, sets: KeySets, bias, mass):
+def _expanded(c: Latent, query: Queries, key, matrices, sets: KeySets, attend):
   """Keys and values of every head: the fewest FLOPs a pair."""
   up, output = matrices
   whole_key, value = expand_latents(c, key, up)
   whole = jnp.concatenate(query.make(c), axis=-1)
-  options = {'scale': c.softmax_scale, 'key_bias': bias, 'mass': mass}
-  found = attend_blocks(whole, whole_key, value, sets, **options)
+  found = attend(whole, whole_key, value, sets)
   return jnp.einsum('bthv,hvd->btd', found.out, output), found.mass
 
 
-def _absorbed(c: Latent, query: Queries, key, matrices, sets: KeySets, bias, mass):
+def _absorbed(c: Latent, query: Queries, key, matrices, sets: KeySets, attend):
   """Queries go to the latent space, a chunk at a time: the least memory."""
   rows = jnp.concatenate(key, axis=-1)
   up, output = matrices
   up_key, up_value = up[..., : c.nope_dim], up[..., c.nope_dim :]
   seen, block = sets.seen, sets.block
 
-  def attend(query: Queries, sets: KeySets):
+  def part(query: Queries, sets: KeySets):
     nope, rope = query.make(c)
     whole = jnp.concatenate([jnp.einsum('bthk,chk->bthc', nope, up_key), rope], axis=-1)
-    options = {'scale': c.softmax_scale, 'key_bias': bias, 'mass': mass}
-    if seen is None:
-      found = attend_selected(whole, rows, c.latent, sets.indices, **options)
-    else:
-      found = attend_blocks(whole, rows, c.latent, sets, **options)
+    found = attend(whole, rows, c.latent, sets)
     heads = jnp.einsum('bthc,chv->bthv', found.out, up_value)
     return jnp.einsum('bthv,hvd->btd', heads, output), found.mass
 
   tokens = query.source.shape[1]
   if tokens <= CHUNK:
-    return attend(query, sets)
+    return part(query, sets)
   size = max(CHUNK // block, 1) * block
 
   # The queries of a chunk are made again for the gradient, never kept.
@@ -119,8 +120,7 @@ def _absorbed(c: Latent, query: Queries, key, matrices, sets: KeySets, bias, mas
     own = None
     if seen is not None:
       own = seen._replace(query_positions=facts[0], query_segments=facts[1])
-    part = Queries(source, query.matrix, positions)
-    return attend(part, KeySets(indices, block, own))
+    return part(Queries(source, query.matrix, positions), KeySets(indices, block, own))
 
   facts = None if seen is None else (seen.query_positions, seen.query_segments)
   of_queries = (query.source, query.positions, facts)

@@ -182,7 +182,7 @@ class GatedAttention(ChosenAttention):
       chosen = Chosen((self.choose_cached(gate, tokens.positions, positions),))
     bias = c.gradient.bias(gate)
     matrices = self.up(x.dtype), self.output_matrix(x.shape[-1], x.dtype)
-    y, _ = self.mix_chosen(query, key, *matrices, chosen, bias)
+    y, _ = self.mix_chosen(query, key, matrices, chosen, context, bias)
     return y, cache
 
   def choose(self, gate: jax.Array, seen: Seen) -> tuple[jax.Array, ...]:

@@ -92,6 +92,6 @@ class HCAttention(SharedAttention):
     with jax.named_scope('compress'):
       compressor = Compressor(c.head_dim, c.ratio, 1, c.rope_dim, c.rope, c.norm, name='compressor')
       entries, past = compressor(x, context, old[1])
-    heads, _ = self.attend(query, context, tokens, entries)
+    heads = self.attend(query, context, tokens, entries)
     after = None if recent is None or past is None else HCACache(recent=recent, past=past)
     return self.project(heads, x.shape[-1]), after

@@ -1,15 +1,72 @@
-"""Dense attention where the compiler spreads arrays over devices: each attends for its own part."""
+"""Attention where the compiler spreads arrays over devices: each attends for its own part.
+
+Rows and heads know nothing of each other. Left to itself, the compiler can spread neither a kernel
+nor the blocks that a loop visits. Rows or heads that their devices do not divide (one row, in
+decoding; fewer key heads than devices) are whole on each. Where the sequence is spread, the
+compiler is left to it.
+"""
 
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.ops.attention.blocked import attend_blocked
 from deepseek_jax.ops.attention.blocks import Window
+from deepseek_jax.ops.attention.gathered import KeySets, Selected, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.mesh import arrays_are_whole
 from deepseek_jax.sharding.rules import Rules, shard_count
+
+
+class Parts(NamedTuple):
+  """How rows and heads are spread.
+
+  Attributes:
+    free: mesh axes that are not dealt with yet.
+    rows: those that rows are spread over.
+    heads: those that heads are spread over.
+  """
+
+  free: frozenset[str]
+  rows: tuple[str, ...]
+  heads: tuple[str, ...]
+
+  def spec(self, heads_at: int | None = None) -> PartitionSpec:
+    """Returns how an array lies whose first axis is rows, and whose axis `heads_at` is heads."""
+    rows = self.rows or None
+    if heads_at is None:
+      return PartitionSpec(rows)
+    return PartitionSpec(rows, *(None,) * (heads_at - 1), self.heads or None)
+
+  def run(self, function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
+    """Returns `function` of each device's own parts."""
+    return jax.shard_map(
+      function, in_specs=ins, out_specs=outs, axis_names=set(self.free), check_vma=False
+    )
+
+
+def own_parts(rules: Rules, rows: int, heads: int) -> Parts | None:
+  """Returns how so many rows and heads are spread, or None where arrays are whole or it is not so.
+
+  Args:
+    rules: how activations lie on the mesh that is set.
+    rows: B.
+    heads: H, or the groups of them that share keys.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  sizes = dict(mesh.shape)
+  if arrays_are_whole() or shard_count(rules.seq, sizes) > 1:
+    return None
+  # Inside of another `shard_map` its axes have been dealt with.
+  free = frozenset(mesh.axis_names) - set(mesh.manual_axes)
+  spread = (
+    tuple(axis for axis in axes if axis in free) if size % shard_count(axes, sizes) == 0 else ()
+    for axes, size in ((rules.batch, rows), (rules.act_heads, heads))
+  )
+  return Parts(free, *spread)
 
 
 def attend_sharded(
@@ -23,12 +80,7 @@ def attend_sharded(
   window: Window | None = None,
   in_order: bool = False,
 ) -> jax.Array:
-  """`attend_blocked`, for the rows and heads that a device has, on a mesh of several.
-
-  Rows and heads know nothing of each other, so nothing travels. Left to itself, the compiler can
-  spread neither a kernel nor the blocks that a loop visits. Rows or heads that their devices do not
-  divide (one row, in decoding; fewer key heads than devices) are whole on each. Where the sequence
-  is spread, the compiler is left to it.
+  """`attend_blocked`, for the rows and heads that a device has; nothing travels.
 
   Args:
     query: [B, T, H, K].
@@ -44,28 +96,70 @@ def attend_sharded(
     [B, T, H, V] in the dtype of `value`.
   """
   attend = functools.partial(attend_blocked, scale=scale, window=window, in_order=in_order)
-  mesh = jax.sharding.get_abstract_mesh()
-  sizes = dict(mesh.shape)
-  if arrays_are_whole() or shard_count(rules.seq, sizes) > 1:
-    return attend(query, key, value, seen)
-  free = set(mesh.axis_names) - set(mesh.manual_axes)
   groups = key.shape[2]
-  rows, heads = (
-    # Inside of another `shard_map` its axes have been dealt with.
-    tuple(axis for axis in axes if axis in free) if size % shard_count(axes, sizes) == 0 else ()
-    for axes, size in (
-      (rules.batch, query.shape[0]),
-      # A key of all heads is whole on every device.
-      (rules.act_heads, query.shape[2] if groups == 1 else groups),
-    )
-  )
-  own = PartitionSpec(rows or None, None, heads or None)
-  keys = PartitionSpec(rows or None) if groups == 1 else own
-  facts = jax.tree.map(lambda x: PartitionSpec(rows or None), seen)
-  return jax.shard_map(
-    attend,
-    in_specs=(own, keys, keys, facts),
-    out_specs=own,
-    axis_names=free,
-    check_vma=False,
-  )(query, key, value, seen)
+  # A key of all heads is whole on every device.
+  parts = own_parts(rules, query.shape[0], query.shape[2] if groups == 1 else groups)
+  if parts is None:
+    return attend(query, key, value, seen)
+  own = parts.spec(heads_at=2)
+  keys = parts.spec() if groups == 1 else own
+  facts = jax.tree.map(lambda x: parts.spec(), seen)
+  return parts.run(attend, (own, keys, keys, facts), own)(query, key, value, seen)
+
+
+def attend_chosen_sharded(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array | int,
+  sets: KeySets,
+  rules: Rules,
+  *,
+  scale: float,
+  key_bias: jax.Array | None = None,
+  sinks: jax.Array | None = None,
+  mass: bool = False,
+) -> Selected:
+  """`attend_selected` or `attend_blocks`, for the rows and heads that a device has.
+
+  Keys and who chose what are whole on the devices that share a row; of `mass`, a sum over heads,
+  each makes the part of its heads, and these are summed.
+
+  Args:
+    query: [B, T, H, K].
+    key: [B, S, K], one for all heads, or [B, S, H, K].
+    value: like the key, or V; see `attend_selected`.
+    sets: the keys of each block; of each query where `seen` is None.
+    rules: how activations lie on the mesh that is set.
+    scale: factor on the scores.
+    key_bias: [B, S] float32 added to every score of a key, or None.
+    sinks: [H] float32 logit of each head without a value, or None.
+    mass: whether to return the weights of the chosen keys.
+
+  Returns:
+    [B, T, H, V], and [B, T, m] float32 or None.
+  """
+  parts = own_parts(rules, query.shape[0], query.shape[2])
+  channels = value if isinstance(value, int) else None
+
+  def attend(query, key, value, sinks, key_bias, indices, seen):
+    value = channels if value is None else value
+    options = {'scale': scale, 'mass': mass, 'key_bias': key_bias, 'sinks': sinks}
+    if seen is None:
+      found = attend_selected(query, key, value, indices, **options)
+    else:
+      found = attend_blocks(query, key, value, KeySets(indices, sets.block, seen), **options)
+    if parts is None or not parts.heads or found.mass is None:
+      return found
+    return found._replace(mass=jax.lax.psum(jax.lax.stop_gradient(found.mass), parts.heads))
+
+  given = None if channels else value
+  arrays = (query, key, given, sinks, key_bias, sets.indices, sets.seen)
+  if parts is None:
+    return attend(*arrays)
+  whole, own = parts.spec(), parts.spec(heads_at=2)
+  keys = own if key.ndim == 4 else whole
+  of_heads = None if sinks is None else PartitionSpec(parts.heads or None)
+  facts = jax.tree.map(lambda x: whole, arrays[4:])
+  outs = Selected(own, whole if mass else None)  # type: ignore[arg-type]
+  ins = (own, keys, None if channels else keys, of_heads, *facts)
+  return parts.run(attend, ins, outs)(*arrays)

@@ -176,41 +176,36 @@ class SharedAttention(nn.Module):
     return Keys(rows, positions, jnp.where(positions < 0, 0, 1)), after
 
   def attend(
-    self,
-    query: jax.Array,
-    context: Context,
-    tokens: Keys,
-    entries: Keys | None = None,
-    indices: jax.Array | None = None,
-  ) -> tuple[jax.Array, jax.Array | None]:
-    """Mixes the window and entries.
+    self, query: jax.Array, context: Context, tokens: Keys, entries: Keys | None = None
+  ) -> jax.Array:
+    """Mixes the window and all entries before it.
 
     Args:
       query: [B, T, H, C].
       context: facts about the T tokens.
       tokens: from `recall`.
       entries: what stands for older tokens, or None.
-      indices: [B, T, k] int32 entries that each query sees; None is all before it.
 
     Returns:
-      [B, T, H, C], turned back to position 0; and the attention to the entries of `indices`, summed
-      over heads, [B, T, k] float32, or None.
+      [B, T, H, C], turned back to position 0.
     """
-    c = self.config
-    sinks = vector(self, 'sinks', np.zeros(c.heads, np.float32), ('heads',))
-    heads, mass = attend_compressed(
-      query,
-      context.positions,
-      context.segments,
-      tokens,
-      entries,
-      indices,
-      window=c.window,
-      sinks=sinks,
-    )
+    facts = context.positions, context.segments
+    window = self.config.window
+    heads = attend_compressed(query, *facts, tokens, entries, window=window, sinks=self.sinks())
+    return self.turn_back(heads, context)
+
+  def sinks(self) -> jax.Array:
+    """Returns the logit of each head without a value, [H] float32."""
+    heads = self.config.heads
+    return vector(self, 'sinks', np.zeros(heads, np.float32), ('heads',))
+
+  def turn_back(self, heads: jax.Array, context: Context) -> jax.Array:
+    """Turns mixed values [B, T, H, C] back to position 0.
+
+    A value is a rotated key: turned back by the query's position, it carries the distance alone.
+    """
     heads = context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
-    # A value is a rotated key: turned back by the query's position, it carries the distance alone.
-    return self.rotate(heads, -context.positions), mass
+    return self.rotate(heads, -context.positions)
 
   def project(self, heads: jax.Array, width: int) -> jax.Array:
     """Brings head outputs [B, T, H, C] back to [B, T, D], group by group."""
@@ -248,5 +243,5 @@ class SharedWindowAttention(SharedAttention):
     context = context if cache is None else one_sequence(context)
     _, query = self.queries(x, context)
     tokens, cache = self.recall(self.keys(x, context), context, cache)
-    heads, _ = self.attend(query, context, tokens)
+    heads = self.attend(query, context, tokens)
     return self.project(heads, x.shape[-1]), cache

@@ -226,7 +226,7 @@ class SparseAttention(ChosenAttention):
         return self.project(heads, x.shape[-1]), cache
       matrices = self.up(x.dtype), self.output_matrix(x.shape[-1], x.dtype)
       chosen = self.choose_cached(cache, index, context)
-      return self.mix_chosen(query, key, *matrices, chosen)[0], cache
+      return self.mix_chosen(query, key, matrices, chosen, context)[0], cache
     seen = context.own()
     learning = self.is_mutable_collection('losses') and not self.is_initializing()
     if dense:
@@ -236,7 +236,7 @@ class SparseAttention(ChosenAttention):
       return y, None
     matrices = self.up(x.dtype), self.output_matrix(x.shape[-1], x.dtype)
     chosen = self.choose(index, seen)
-    y, mass = self.mix_chosen(query, key, *matrices, chosen, mass=learning)
+    y, mass = self.mix_chosen(query, key, matrices, chosen, context, mass=learning)
     if learning:
       self.report(query, key, index, seen, context, chosen, mass)
     return y, None

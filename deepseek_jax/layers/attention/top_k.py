@@ -94,6 +94,6 @@ class TopKAttention(ChosenAttention):
     rows = jnp.concatenate(key, axis=-1).astype(x.dtype)
     top_k = min(c.top_k, rows.shape[1])
     found = select_nearest(whole, rows, seen, top_k, ordered=cache is None)
-    output = self.output_matrix(x.shape[-1], x.dtype)
-    y, _ = self.mix_chosen(query, key, up, output, Chosen((found,)))
+    matrices = up, self.output_matrix(x.shape[-1], x.dtype)
+    y, _ = self.mix_chosen(query, key, matrices, Chosen((found,)), context)
     return y, cache

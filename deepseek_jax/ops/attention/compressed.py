@@ -97,21 +97,39 @@ def compress(
   )
 
 
+def window_slots(positions: jax.Array, segments: jax.Array, tokens: Keys, window: int) -> jax.Array:
+  """Returns the slots of the tokens that each query sees in its window, [B, T, W] int32; -1: none.
+
+  Args:
+    positions: [B, T] int32 of the queries.
+    segments: [B, T] int32 of the queries.
+    tokens: the row's own T tokens, after P earlier ones.
+    window: positions W in the window, the query's own among them.
+  """
+  length = positions.shape[1]
+  earlier = tokens.positions.shape[1] - length
+  slots = earlier + jnp.arange(length)[:, None] - jnp.arange(window)[::-1]
+  own = jnp.maximum(slots, 0)
+  at, of = tokens.positions[:, own], tokens.segments[:, own]
+  here, whose = positions[:, :, None], segments[:, :, None]
+  near = (at <= here) & (here - at < window) & (at >= 0)
+  return jnp.where((slots >= 0) & (of == whose) & near, own, -1).astype(jnp.int32)
+
+
 def attend_compressed(
   query: jax.Array,
   positions: jax.Array,
   segments: jax.Array,
   tokens: Keys,
   entries: Keys | None,
-  indices: jax.Array | None,
   *,
   window: int,
   sinks: jax.Array,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Softmax attention to the last tokens and to entries, under one sum with a sink.
+) -> jax.Array:
+  """Softmax attention to the last tokens and to all older entries, under one sum with a sink.
 
   Runs block by block of queries, and again for the gradient: what exists at once are the scores of
-  one block against its window and its entries. Costs T · window, and T · N or T · k.
+  one block against its window and the entries. Costs T · window and T · N.
 
   Args:
     query: [B, T, H, C].
@@ -119,14 +137,11 @@ def attend_compressed(
     segments: [B, T] int32 of the queries.
     tokens: the row's own T tokens, after P earlier ones.
     entries: what a query sees of the past, or None for the window alone.
-    indices: [B, T, k] int32 entries of each query, -1 for none; None is all that it may see.
     window: positions in the window, the query's own among them; P may not be more.
     sinks: [H] float32 logit of each head that takes part in the softmax without a value.
 
   Returns:
-    [B, T, H, C] in the dtype of `query`; scores and softmax are float32, scaled by C^-½. And the
-    softmax weights of the entries in `indices`, summed over heads, [B, T, k] float32, through which
-    no gradient flows; None without `indices`.
+    [B, T, H, C] in the dtype of `query`; scores and softmax are float32, scaled by C^-½.
 
   Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.3.
   """
@@ -134,41 +149,32 @@ def attend_compressed(
   size = max(BLOCK, window)
   sinks = sinks.astype(jnp.float32)
   if length <= size:
-    own = (query, positions, segments, tokens, indices)
+    own = (query, positions, segments, tokens)
     return jax.checkpoint(_attend_block, static_argnums=(3,))(own, entries, sinks, window)
   count = -(-length // size)
   # A block sees itself and the block before: as many tokens as a window reaches, or more.
   lead = [(size - earlier, fill) for fill in (0, -1, -1)]
   pairs = Keys(*(_pairs(x, size, count, *how) for x, how in zip(tokens, lead, strict=True)))
-  chosen = None if indices is None else cut(indices, size, -1)
-  blocks = (cut(query, size), cut(positions, size, -1), cut(segments, size, -2), pairs, chosen)
+  blocks = (cut(query, size), cut(positions, size, -1), cut(segments, size, -2), pairs)
 
   @jax.checkpoint
   def block(own):
     return _attend_block(own, entries, sinks, window)
 
-  return jax.tree.map(lambda x: joined(x, length), jax.lax.map(block, blocks))
+  return joined(jax.lax.map(block, blocks), length)
 
 
-def _attend_block(own, entries: Keys | None, sinks: jax.Array, window: int):
-  """Attends from the queries of one block [B, Q, H, C]; returns what `attend_compressed` does."""
-  query, positions, segments, tokens, indices = own
+def _attend_block(own, entries: Keys | None, sinks: jax.Array, window: int) -> jax.Array:
+  """Attends from the queries of one block [B, Q, H, C]."""
+  query, positions, segments, tokens = own
   scale = query.shape[-1] ** -0.5
   near = _product('bthc,bsc->bths', query, tokens.rows) * scale
   mask = visible(positions, tokens.positions, segments, tokens.segments)
   mask &= positions[:, :, None] - tokens.positions[:, None] < window
   scores, masks = [near], [mask]
-  far_equations = ('bthc,bnc->bthn', 'bthn,bnc->bthc')
-  rows = None if entries is None else entries.rows
-  if entries is not None and rows is not None:
-    if indices is None:
-      masks.append(visible(positions, entries.positions, segments, entries.segments))
-    else:
-      far_equations = ('bthc,btnc->bthn', 'bthn,btnc->bthc')
-      with jax.named_scope('gather'):
-        rows = jax.vmap(lambda x, i: x[i])(rows, jnp.maximum(indices, 0))
-      masks.append(indices >= 0)
-    scores.append(_product(far_equations[0], query, rows) * scale)
+  if entries is not None:
+    masks.append(visible(positions, entries.positions, segments, entries.segments))
+    scores.append(_product('bthc,bnc->bthn', query, entries.rows) * scale)
   with jax.named_scope('attend'):
     score = jnp.concatenate(scores, axis=-1)
     mask = jnp.concatenate(masks, axis=-1)[:, :, None]
@@ -177,15 +183,11 @@ def _attend_block(own, entries: Keys | None, sinks: jax.Array, window: int):
     top = jnp.maximum(jnp.max(score, axis=-1), sinks)
     weights = jnp.where(mask, jnp.exp(score - top[..., None]), 0.0)
     total = jnp.sum(weights, axis=-1) + jnp.exp(sinks - top)
-    weights /= total[..., None]
-    mass = None
-    if indices is not None:
-      mass = jax.lax.stop_gradient(jnp.sum(weights[..., near.shape[-1] :], axis=2))
-    weights = weights.astype(query.dtype)
+    weights = (weights / total[..., None]).astype(query.dtype)
     out = _product('bths,bsc->bthc', weights[..., : near.shape[-1]], tokens.rows)
-    if rows is not None:
-      out += _product(far_equations[1], weights[..., near.shape[-1] :], rows)
-  return out.astype(query.dtype), mass
+    if entries is not None:
+      out += _product('bthn,bnc->bthc', weights[..., near.shape[-1] :], entries.rows)
+  return out.astype(query.dtype)
 
 
 def _pairs(x: jax.Array, size: int, count: int, lead: int, fill: int) -> jax.Array:

@@ -9,8 +9,9 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.attention.shards import attend_chosen_sharded, attend_sharded
 from deepseek_jax.layers.context import packed_context
+from deepseek_jax.ops.attention.gathered import KeySets, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.reference import Seen, attend_seen
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
 from deepseek_jax.sharding.presets import FSDP, TENSOR
@@ -105,4 +106,90 @@ def test_a_pod_compiles(rules, monkeypatch):
   with jax.set_mesh(mesh):
     text = step.lower(*shapes(mesh, rules), rules=rules).compile().as_text()
   assert text.count('custom_call_target="tpu_custom_call"') == 3
+  assert 'all-gather' not in text
+
+
+@pytest.mark.parametrize('rows', [4, 1])
+@pytest.mark.parametrize('form', ['each', 'blocks', 'expanded'])
+def test_chosen_keys(form, rows):
+  """Sets of a query or of a block; one key of all heads or one a head; weights and biases too."""
+  query, key, value, grad = draw(rows, 37, H if form == 'expanded' else 1)
+  rng = np.random.default_rng(1)
+  block = 1 if form == 'each' else 8
+  lists = [[rng.permutation(37)[:9] for _ in range(-(-37 // block))] for _ in range(rows)]
+  indices = jnp.asarray(np.array(lists), jnp.int32)
+  seen = None if form == 'each' else packed_context(LENGTHS[:rows], 37).own()
+  bias = jnp.asarray(rng.standard_normal((rows, 37)), jnp.float32)
+  options = {'scale': 0.3, 'mass': True}
+  if form != 'expanded':
+    key, value = key[:, :, 0], None
+
+  def plain(query, key, value, bias):
+    value = V if value is None else value
+    if seen is None:
+      return attend_selected(query, key, value, indices, key_bias=bias, **options)
+    return attend_blocks(query, key, value, KeySets(indices, block, seen), key_bias=bias, **options)
+
+  arrays = (query, key, value, bias)
+  want, pull = jax.vjp(plain, *arrays)
+  zero = jax.tree.map(jnp.zeros_like, want)
+  want_grads = pull(zero._replace(out=grad))
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+
+    def spread(query, key, value, bias):
+      value, sets = V if value is None else value, KeySets(indices, block, seen)
+      return attend_chosen_sharded(query, key, value, sets, TENSOR, key_bias=bias, **options)
+
+    @jax.jit
+    def both(*arrays):
+      out, pull = jax.vjp(spread, *arrays)
+      return out, pull(zero._replace(out=grad))
+
+    text = both.lower(*arrays).as_text()
+    out, grads = both(*arrays)
+  assert 'manual_computation' in text
+  found, wanted = jax.tree.leaves((out, grads)), jax.tree.leaves((want, want_grads))
+  for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@functools.partial(jax.jit, static_argnames='rules')
+def chosen_step(query, key, indices, rules):
+  def loss(query, key):
+    sets = KeySets(indices)
+    out, mass = attend_chosen_sharded(query, key, 512, sets, rules, scale=0.1, mass=True)
+    return jnp.sum(out.astype(jnp.float32) ** 2), mass
+
+  return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(query, key)
+
+
+def chosen_shapes(mesh, rules):
+  leaf = lambda axes, *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(  # noqa: E731
+    shape, dtype, sharding=NamedSharding(mesh, rules.spec(axes))
+  )
+  query = leaf(('batch', None, 'act_heads', None), 4, 1024, 32, 576)
+  indices = leaf(('batch', None, None), 4, 1024, 256, dtype=jnp.int32)
+  return query, leaf(('batch', None, None), 4, 1024, 576), indices
+
+
+@pytest.mark.parametrize('rules', [FSDP, TENSOR], ids=['fsdp', 'tensor'])
+def test_a_pod_runs_kernels_of_chosen_keys(rules):
+  mesh = make_mesh(MeshConfig(data=2, model=4))
+  with jax.set_mesh(mesh):
+    traced = chosen_step.trace(*chosen_shapes(mesh, rules), rules=rules)
+    text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert text.count('@tpu_custom_call(') == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rules', [FSDP, TENSOR], ids=['fsdp', 'tensor'])
+def test_a_pod_compiles_kernels_of_chosen_keys(rules, monkeypatch):
+  """What travels is a sum of gradients and of weights, over the devices that share a row."""
+  pytest.importorskip('libtpu')
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  devices = topologies.get_topology_desc('v5p:2x2x1', 'tpu').devices
+  mesh = make_mesh(MeshConfig(data=2, model=2), devices)
+  with jax.set_mesh(mesh):
+    text = chosen_step.lower(*chosen_shapes(mesh, rules), rules=rules).compile().as_text()
+  assert text.count('custom_call_target="tpu_custom_call"') == 2
   assert 'all-gather' not in text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.layers.attention.csa import CSA
+from deepseek_jax.layers.attention.csa import CSA, CSAttention
 from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.context import Context, packed_context
@@ -153,10 +153,9 @@ def test_the_indexer_learns_what_attention_does():
   assert not silent.apply(given, X, context, mutable=['losses'])[1]
 
 
-@pytest.mark.parametrize('block', [8, 64])
-def test_attention_to_chosen_entries(block, monkeypatch):
+def test_attention_to_chosen_entries():
   """What attention to entries sums to, over heads, by one softmax a query."""
-  monkeypatch.setattr(compressed, 'BLOCK', block)
+  config = CSA(**SIZES, ratio=5, top_k=3, index_heads=2, index_dim=6)
   rng = np.random.default_rng(0)
   context = packed_context([(LENGTH,)])
   query = rng.standard_normal((1, LENGTH, 2, 8)).astype(np.float32)
@@ -168,15 +167,15 @@ def test_attention_to_chosen_entries(block, monkeypatch):
     np.take_along_axis(ends[:, None], indices, 2) <= np.arange(LENGTH)[None, :, None], indices, -1
   )
   sinks = np.array([0.3, -0.2], np.float32)
-  _, mass = compressed.attend_compressed(
+  _, mass = nn.apply(CSAttention.attend_chosen, config.build())(
+    {},
     query,
-    context.positions,
-    context.segments,
+    context,
     compressed.Keys(keys, context.positions, context.segments),
     compressed.Keys(rows, ends, np.ones_like(ends)),
     indices,
-    window=5,
-    sinks=sinks,
+    sinks,
+    True,
   )
   for t in range(LENGTH):
     for place, entry in enumerate(indices[0, t]):
