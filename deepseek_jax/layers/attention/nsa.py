@@ -19,14 +19,14 @@ from deepseek_jax.layers.attention.mha import (
   empty_head_cache,
 )
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.attention.shards import attend_groups_sharded, attend_sharded
 from deepseek_jax.layers.attention.shared_window import latest
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import Met, vector, weight
-from deepseek_jax.ops.attention.gathered import attend_selected
 from deepseek_jax.ops.attention.pieces import cut, joined
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.attention.spans import Spans, find_spans, overlaps, rank_blocks
+from deepseek_jax.sharding.rules import Rules
 
 CHUNK = 1024
 """Queries whose keys are named one by one at once: their names alone are 4 · k bytes a query."""
@@ -223,7 +223,7 @@ class NativeSparseAttention(HeadAttention):
       mixed = gates[0] * dense(entries)
     with jax.named_scope('selected'):
       choice = self.choose(query, entries, spans, selected, context)
-      mixed += gates[1] * self.attend_chosen(query, selected, choice)
+      mixed += gates[1] * self.attend_chosen(query, selected, choice, context.rules)
     with jax.named_scope('window'):
       mixed += gates[2] * dense(recent, window=(c.window, 0), in_order=cache is None)
     return self.project(mixed, x.shape[-1], context), cache
@@ -358,7 +358,9 @@ class NativeSparseAttention(HeadAttention):
     begins = places - (positions - jnp.maximum(near, 0))
     return Choice(chosen, blocks.tokens(c.block), begins, places)
 
-  def attend_chosen(self, query: jax.Array, pairs: Pairs, choice: Choice) -> jax.Array:
+  def attend_chosen(
+    self, query: jax.Array, pairs: Pairs, choice: Choice, rules: Rules
+  ) -> jax.Array:
     """Attends from queries [B, T, H, K] to the tokens of their blocks, giving [B, T, H, V]."""
     c, length = self.config, query.shape[1]
     tokens = choice.tokens
@@ -372,15 +374,8 @@ class NativeSparseAttention(HeadAttention):
       beside = jnp.where(beside <= places[..., None], beside, -1)[:, :, None]
       beside = jnp.broadcast_to(beside, (*chosen.shape[:3], beside.shape[-1]))
       indices = jnp.concatenate([far, beside], axis=-1).astype(jnp.int32)
-      # A group chooses for itself: it is a row of the batch.
-      rows = query.reshape(*query.shape[:2], c.kv_heads, -1, query.shape[-1])
-      q, k, v, i = (
-        jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
-        for x in (rows, pairs.key, pairs.value, indices)
-      )
-      out = attend_selected(q, k, v, i, scale=c.head_dim**-0.5).out
-      out = jnp.moveaxis(out.reshape(query.shape[0], c.kv_heads, *out.shape[1:]), 1, 2)
-      return out.reshape(*query.shape[:3], -1)
+      arrays = query, pairs.key, pairs.value, indices
+      return attend_groups_sharded(*arrays, rules, scale=c.head_dim**-0.5)
 
     pieces = (query, *choice[:1], *choice[2:])
     if length <= CHUNK:

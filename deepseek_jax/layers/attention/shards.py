@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.ops.attention.blocked import attend_blocked
@@ -163,3 +164,45 @@ def attend_chosen_sharded(
   outs = Selected(own, whole if mass else None)  # type: ignore[arg-type]
   ins = (own, keys, None if channels else keys, of_heads, *facts)
   return parts.run(attend, ins, outs)(*arrays)
+
+
+def attend_groups_sharded(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  indices: jax.Array,
+  rules: Rules,
+  *,
+  scale: float,
+) -> jax.Array:
+  """`attend_selected` of groups of heads that choose for themselves, on a mesh of several devices.
+
+  Args:
+    query: [B, T, H, K].
+    key: [B, S, G, K]; G divides H.
+    value: [B, S, G, V].
+    indices: [B, T, G, m] int32, no key twice in a row; -1 is none.
+    rules: how activations lie on the mesh that is set.
+    scale: factor on the scores.
+
+  Returns:
+    [B, T, H, V].
+  """
+
+  def attend(query, key, value, indices):
+    # A group is a row of the batch.
+    batch, length, groups = indices.shape[:3]
+    rows = query.reshape(batch, length, groups, -1, query.shape[-1])
+    q, k, v, i = (
+      jnp.moveaxis(x, 2, 1).reshape(-1, x.shape[1], *x.shape[3:])
+      for x in (rows, key, value, indices)
+    )
+    out = attend_selected(q, k, v, i, scale=scale).out
+    out = jnp.moveaxis(out.reshape(batch, groups, *out.shape[1:]), 1, 2)
+    return out.reshape(*query.shape[:3], -1)
+
+  parts = own_parts(rules, query.shape[0], key.shape[2])
+  if parts is None:
+    return attend(query, key, value, indices)
+  own = parts.spec(heads_at=2)
+  return parts.run(attend, (own,) * 4, own)(query, key, value, indices)

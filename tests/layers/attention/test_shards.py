@@ -9,7 +9,11 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from deepseek_jax.layers.attention.shards import attend_chosen_sharded, attend_sharded
+from deepseek_jax.layers.attention.shards import (
+  attend_chosen_sharded,
+  attend_groups_sharded,
+  attend_sharded,
+)
 from deepseek_jax.layers.context import packed_context
 from deepseek_jax.ops.attention.gathered import KeySets, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.reference import Seen, attend_seen
@@ -150,6 +154,38 @@ def test_chosen_keys(form, rows):
   assert 'manual_computation' in text
   found, wanted = jax.tree.leaves((out, grads)), jax.tree.leaves((want, want_grads))
   for a, b in zip(found, wanted, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(('rows', 'groups'), [(4, 4), (2, 2), (1, 4)])
+def test_groups_that_choose_for_themselves(rows, groups):
+  """Groups for every device; fewer, which are whole on each; rows that devices do not divide."""
+  query, key, value, grad = draw(rows, 37, groups)
+  rng = np.random.default_rng(2)
+  lists = [[[rng.permutation(37)[:9] for _ in range(groups)] for _ in range(37)] for _ in query]
+  indices = jnp.asarray(np.array(lists), jnp.int32)
+  seen = np.zeros((rows, 37, groups, 37), bool)
+  np.put_along_axis(seen, np.array(lists), True, axis=-1)
+
+  def plain(query, key, value):
+    split = query.reshape(rows, 37, groups, -1, K)
+    scores = jnp.einsum('btgjk,bsgk->btgjs', split, key) * 0.3
+    weights = jax.nn.softmax(jnp.where(seen[:, :, :, None], scores, -jnp.inf))
+    return jnp.einsum('btgjs,bsgv->btgjv', weights, value).reshape(rows, 37, H, V)
+
+  want, pull = jax.vjp(plain, query, key, value)
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+
+    @jax.jit
+    def both(*arrays):
+      attend = functools.partial(attend_groups_sharded, indices=indices, rules=TENSOR, scale=0.3)
+      out, pull = jax.vjp(attend, *arrays)
+      return out, pull(grad)
+
+    text = both.lower(query, key, value).as_text()
+    out, grads = both(query, key, value)
+  assert 'manual_computation' in text
+  for a, b in zip((out, *grads), (want, *pull(grad)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
 
