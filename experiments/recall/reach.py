@@ -23,16 +23,19 @@ from deepseek_jax.hub import CACHE_DIR, Pretrained
 from deepseek_jax.lab.picture import COLOURS
 from deepseek_jax.lab.recall import recall_by_distance
 
-QUESTIONS = 512
-"""Answers that are asked for, at least, in each kind of row."""
+TOKENS, ROWS = 2**16, 8
+"""Symbols read of each kind of row, and rows of it at least; a row has eight questions."""
+LONG = 8192
+"""Symbols of a row beyond which only needles are asked for, of the first seed: rows of twice as
+many take half of all the time."""
 
 
 def tasks(data: Recall) -> dict[str, MultiQuery | Needle]:
-  """Returns what is asked: the task of training, with questions anywhere, and needles."""
+  """Returns what is asked: pairs that begin the row, anywhere after them; needles, at the end."""
   pairs = data.task.pairs
   return {
     'multi_query': MultiQuery(pairs=pairs, questions=pairs, power=1.0),
-    'needle': Needle(pairs=min(pairs, 4)),
+    'needle': Needle(pairs=pairs),
   }
 
 
@@ -40,7 +43,7 @@ def share_right(model: Pretrained, task: MultiQuery | Needle, length: int) -> di
   """Returns the share of right answers in rows of `length`, in all and by distance."""
   config = model.experiment.data
   assert isinstance(config, Recall)
-  rows = -(-QUESTIONS // task.questions)
+  rows = max(TOKENS // length, ROWS)
   config = dataclasses.replace(
     config, task=task, length=length, batch_size=max(8192 // length, 1), heldout_rows=rows
   )
@@ -64,6 +67,8 @@ def read(runs: pathlib.Path, lengths: list[int], out: pathlib.Path) -> list[dict
     assert isinstance(model.experiment.data, Recall)
     for name, task in tasks(model.experiment.data).items():
       for length in lengths:
+        if length > LONG and (name != 'needle' or facts['seed']):
+          continue
         rows.append({**facts, 'task': name, 'length': length, **share_right(model, task, length)})
         with (out / 'rows.jsonl').open('a', encoding='utf-8') as file:
           file.write(json.dumps(rows[-1]) + '\n')
