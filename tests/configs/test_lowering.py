@@ -24,7 +24,7 @@ from deepseek_jax.train.step import Program, build_program
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / 'configs'
 CONFIGS = sorted(path.stem for path in FOLDER.glob('*.py') if path.stem != '__init__')
 GPUS = ('cuda', 'rocm')
-OFTEN = ('tiny_mla', 'tiny_v4_attention', 'quickstart', 'v3_671b')
+OFTEN = ('tiny_mla', 'tiny_v4', 'quickstart', 'v3_671b')
 """Configs that are lowered every time; between them they have most kinds of layers."""
 NAMES = [pytest.param(name, marks=[] if name in OFTEN else [pytest.mark.slow]) for name in CONFIGS]
 
