@@ -35,7 +35,7 @@ TINY = (
   'tiny_top_k',
   'tiny_dsa',
   'tiny_mhc',
-  'tiny_v4_attention',
+  'tiny_v4',
   'tiny_caption',
 )
 CONFIGS = (*TINY, 'quickstart', 'image_caption', 'ladder')

@@ -26,19 +26,34 @@ class Remembering(Protocol):
     """Returns the cache [B, …] of `batch` rows that have no token yet; None where it needs none."""
 
 
+def limit_faults(limit: float | None) -> list[str]:
+  """Returns what is wrong with a limit of what units make, as messages."""
+  if limit is None or limit > 0:
+    return []
+  return [f'`limit` is {limit}; expected a number above 0, or None']
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwiGLU:
   """A gated feed-forward layer, every token through all of it.
 
   Attributes:
     hidden: hidden units F.
+    limit: largest gate, and largest magnitude of what is gated, before they are multiplied (V4:
+      10); None is none.
+
+  Source of the limit: DeepSeek-V4, arXiv 2606.19348, its section on the stability of training.
   """
 
   hidden: int
+  limit: float | None = None
 
   def __post_init__(self):
+    errors = limit_faults(self.limit)
     if self.hidden < 1:
-      raise ConfigError(f'`hidden` is {self.hidden}; expected at least 1 hidden unit')
+      errors.append(f'`hidden` is {self.hidden}; expected at least 1 hidden unit')
+    if errors:
+      raise ConfigError(errors)
 
   def build(self, name: str | None = None) -> nn.Module:
     """Returns the module."""
@@ -60,5 +75,6 @@ class SwiGLUFeedForward(nn.Module):
     gate = weight(self, 'gate', (width, hidden), ('embed', 'mlp'), dtype=x.dtype)
     up = weight(self, 'up', (width, hidden), ('embed', 'mlp'), dtype=x.dtype)
     down = weight(self, 'down', (hidden, width), ('mlp', 'embed'), dtype=x.dtype)
-    h = swiglu(jnp.einsum('btd,df->btf', x, gate), jnp.einsum('btd,df->btf', x, up))
+    parts = (jnp.einsum('btd,df->btf', x, matrix) for matrix in (gate, up))
+    h = swiglu(*parts, limit=self.config.limit)
     return jnp.einsum('btf,fd->btd', h, down)

@@ -90,18 +90,19 @@ def blocks_by_address(family: Family, remat: Remat | None = None) -> Iterator[tu
   for number, part in enumerate(plan_segments(family, remat)):
     for place, block in enumerate(part.pattern):
       yield f'stack/segment_{number}/block_{place}/', block
-  for depth in range(_depth(family)):
-    yield f'mtp_{depth}/block/', family.layers()[-1]
+  for depth, block in enumerate(_ahead(family)):
+    yield f'mtp_{depth}/block/', block
 
 
 def _blocks(family: Family) -> list[Block]:
-  """Every layer, and after them the last one again for each MTP depth."""
-  layers = family.layers()
-  return layers + [layers[-1]] * _depth(family)
+  """Every layer, and after them those of the MTP depths."""
+  return family.layers() + _ahead(family)
 
 
-def _depth(family: Family) -> int:
-  return 0 if family.mtp is None else family.mtp.depth
+def _ahead(family: Family) -> list[Block]:
+  """The layer of each MTP depth."""
+  mtp = family.mtp
+  return [] if mtp is None else [mtp.block(family.layers()[-1])] * mtp.depth
 
 
 def active_parameters(weights: list[Weight]) -> int:
@@ -140,7 +141,7 @@ def forward_flops(family: Family, weights: list[Weight], length: int, pictures: 
     block.attention.mixing_flops(length) + 2 * block.residual.mixing_flops(family.width)
     for block in _blocks(family)
   )
-  head = family.width * family.vocab * _depth(family)
+  head = family.width * family.vocab * len(_ahead(family))
   seen = pictures * picture_flops(family, weights) / length
   met = round(
     sum(w.size * w.used * w.products for w in weights if w.is_matrix and w.vectors is None)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from deepseek_jax.layers.context import Context, text_context
 from deepseek_jax.layers.embedding import Embedding
 from deepseek_jax.layers.weights import weight
-from deepseek_jax.models.mtp import MTP, MTPModule
+from deepseek_jax.models.mtp import MTP, LaneMTP
 from deepseek_jax.models.plan import Block, Segment, segment, stack, unstack
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.models.stack import Stack
@@ -29,7 +29,7 @@ class Family(Protocol):
     """Entries V of the vocabulary."""
 
   @property
-  def mtp(self) -> MTP | None:
+  def mtp(self) -> MTP | LaneMTP | None:
     """Multi-token prediction in training, or None."""
 
   def layers(self) -> list[Block]:
@@ -70,8 +70,7 @@ class Decoder(nn.Module):
     self.close = layers[-1].residual.build()
     self.norm = layers[-1].norm.build()
     self.head = Head(c.width, c.vocab)
-    depth = 0 if c.mtp is None else c.mtp.depth
-    self.mtp = [MTPModule(layers[-1]) for _ in range(depth)]
+    self.mtp = [] if c.mtp is None else [c.mtp.build(layers[-1]) for _ in range(c.mtp.depth)]
 
   def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
     """Returns embeddings [B, T, D] in the compute dtype."""
@@ -80,20 +79,32 @@ class Decoder(nn.Module):
 
   def __call__(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
     """Returns hidden states [B, T, D] after the final norm, and the caches."""
-    stream = self.open.open(self.embed(context.tokens, context))
-    stream, caches = self.stack(stream, context, caches)
-    return self.norm(self.close.close(stream)), caches
+    stream, caches = self.run(context, caches)
+    return self.finish(stream), caches
 
-  def look_ahead(self, hidden: jax.Array, context: Context) -> list[jax.Array]:
-    """Returns the hidden states [B, T, D] of every MTP depth.
+  def run(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
+    """Returns the residual stream [B, T, …] after the last layer, and the caches."""
+    stream = self.open.open(self.embed(context.tokens, context))
+    return self.stack(stream, context, caches)
+
+  def finish(self, stream: jax.Array) -> jax.Array:
+    """Returns the hidden states [B, T, D] of a stream [B, T, …], after the final norm."""
+    return self.norm(self.close.close(stream))
+
+  def every_depth(self, context: Context) -> list[jax.Array]:
+    """Returns hidden states [B, T, D]: those that predict the next token, and of every MTP depth.
 
     Depth k at position t sees token t + k; where the row has no such token the result is
     meaningless and its target has no weight.
     """
-    result = []
+    stream, _ = self.run(context)
+    result = [self.finish(stream)]
+    if self.config.mtp is None:
+      return result
+    state = self.config.mtp.start(stream, result[0])
     for depth, module in enumerate(self.mtp, start=1):
       ahead = shift_left(context.tokens, depth)
-      hidden = module(hidden, self.embed(ahead, context), context)
+      state, hidden = module(state, self.embed(ahead, context), context)
       result.append(hidden)
     return result
 
@@ -109,9 +120,7 @@ class Decoder(nn.Module):
 
   def everything(self, context: Context) -> jax.Array:
     """Runs every part once on tokens [B, T], so that `init` declares every weight."""
-    hidden, _ = self(context)
-    self.look_ahead(hidden, context)
-    return self.logits(hidden, context)
+    return self.logits(self.every_depth(context)[0], context)
 
 
 def shift_left(x: jax.Array, places: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The attention plan of the DeepSeek-V4 family: kinds that take turns from layer to layer."""
+"""The DeepSeek-V4 family: attention kinds that take turns from layer to layer."""
 
 import dataclasses
 
@@ -15,6 +15,7 @@ from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import Add
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.mtp import LaneMTP
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 
@@ -23,9 +24,9 @@ from deepseek_jax.models.remat import Remat
 class DeepSeekV4:
   """A decoder whose layers compress their past by turns lightly and heavily.
 
-  The first layers have an attention of their own; after them, sparse and heavy ones alternate. All
-  layers have one feed-forward: the hash routing of the released model's first layers is a router of
-  its own, and its multi-token prediction, which reads the lanes before the head, is not here.
+  The first layers have an attention of their own; after them, sparse and heavy ones alternate. The
+  first feed-forwards may differ from the others too: in the released models they choose experts by
+  the token alone.
 
   Attributes:
     depth: layers L.
@@ -36,6 +37,9 @@ class DeepSeekV4:
     heavy: attention of the others.
     feed_forward: feed-forward of every layer.
     first_layers: how many layers have the attention `first`.
+    hashed: feed-forward of the first `hashed_layers` layers, or None.
+    hashed_layers: how many these are.
+    mtp: multi-token prediction in training, or None.
     residual: how sublayers join the stream.
     norm: norm before each sublayer and at the end.
 
@@ -50,33 +54,33 @@ class DeepSeekV4:
   heavy: HCA
   feed_forward: MoE | SwiGLU
   first_layers: int = 2
+  hashed: MoE | None = None
+  hashed_layers: int = 0
+  mtp: LaneMTP | None = None
   residual: HyperConnections | Add = HyperConnections()
   norm: RMSNorm = RMSNorm()
 
   def __post_init__(self):
     errors = wrong_sizes(self, ('depth', 'width', 'vocab'))
-    if not 0 <= self.first_layers <= self.depth:
-      errors.append(f'`first_layers` is {self.first_layers}; expected 0 to `depth` {self.depth}')
+    for name in ('first_layers', 'hashed_layers'):
+      if not 0 <= getattr(self, name) <= self.depth:
+        errors.append(f'`{name}` is {getattr(self, name)}; expected 0 to `depth` {self.depth}')
+    if (self.hashed is None) != (self.hashed_layers == 0):
+      given = 'not given' if self.hashed is None else 'given'
+      errors.append(f'`hashed` is {given} and `hashed_layers` is {self.hashed_layers}')
     if errors:
       raise ConfigError(errors)
-
-  @property
-  def mtp(self) -> None:
-    """None: no module looks further ahead."""
-    return None
 
   def layers(self) -> list[Block]:
     """Returns the layers, first to last."""
     turns = (self.sparse, self.heavy)
     rest = [turns[place % 2] for place in range(self.depth - self.first_layers)]
+    attentions = [self.first] * self.first_layers + rest
+    own = [self.hashed or self.feed_forward] * self.hashed_layers
+    feed_forwards = own + [self.feed_forward] * (self.depth - self.hashed_layers)
     return [
-      Block(
-        attention=attention,
-        feed_forward=self.feed_forward,
-        residual=self.residual,
-        norm=self.norm,
-      )
-      for attention in [self.first] * self.first_layers + rest
+      Block(attention=a, feed_forward=f, residual=self.residual, norm=self.norm)
+      for a, f in zip(attentions, feed_forwards, strict=True)
     ]
 
   def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:

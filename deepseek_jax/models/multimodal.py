@@ -88,11 +88,10 @@ class MultimodalDecoder(Decoder):
     x = place_media(x, media, context.placeholders)
     return context.rules.constrain(x, ('batch', 'seq', 'act_embed'))
 
-  def __call__(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
-    """Returns hidden states [B, T, D] after the final norm, and the caches."""
+  def run(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
+    """Returns the residual stream [B, T, …] after the last layer, and the caches."""
     stream = self.open.open(self.embed(context.tokens, context))
-    stream, caches = self.stack(stream, without_images(context), caches)
-    return self.norm(self.close.close(stream)), caches
+    return self.stack(stream, without_images(context), caches)
 
   def everything(self, context: Context) -> jax.Array:
     """Runs every part once on tokens [B, T] and empty pictures, so that `init` declares all."""

@@ -5,6 +5,8 @@ while it is in the cache: its tokens are fetched, and its results added to those
 that nothing as large as all rows times the width is ever written.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -47,7 +49,9 @@ def each_choice(
     gate, up, down = (pick(w, chosen[c]) for w in matrices)
     token = read(x, n, 1)
     products = (dot(token, w, (1, 0)).astype(x.dtype) for w in (gate, up))
-    result = jnp.where(real[c], dot(swiglu(*products), down, (1, 0)) * factors[c], 0)
+    result = jnp.where(
+      real[c], dot(swiglu(*products, limit=matrices.limit), down, (1, 0)) * factors[c], 0
+    )
     return write(total, read(total, n, 1) + result, n)
 
   total = lax.fori_loop(0, chosen.size, choice, jnp.zeros(x.shape, jnp.float32))
@@ -81,7 +85,9 @@ def loop_forward(
       index = read(token, start, size)
       tokens = _gather(x, index)
       found = [dot(tokens, w, (1, 0)).astype(x.dtype) for w in (gate, up)]
-      result = dot(swiglu(*found), down, (1, 0)) * read(weight, start, size)[:, None]
+      result = (
+        dot(swiglu(*found, limit=matrices.limit), down, (1, 0)) * read(weight, start, size)[:, None]
+      )
       kept = (
         write(all_rows, jnp.where(own, new, read(all_rows, start, size)), start)
         for all_rows, new in zip(products, found)
@@ -138,6 +144,7 @@ def loop_backward(
         own,
         tuple(read(p, start, size) for p in products),
         (both, from_out),
+        matrices.limit,
       )
       kept = jnp.where(own[:, 0], parts[1], read(grad_weight, start, size))
       return (
@@ -162,7 +169,7 @@ def loop_backward(
   start = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(rows, jnp.float32), *empty)
   grad_x, grad_weight, *grads = lax.fori_loop(0, count, expert, start)
   grad_weights = _gather(grad_weight, layout.row).astype(weights.dtype)
-  return grad_x.astype(x.dtype), grad_weights, ExpertWeights(*grads)
+  return grad_x.astype(x.dtype), grad_weights, matrices.of(*grads)
 
 
 def _gather(array: jax.Array, index: jax.Array) -> jax.Array:
@@ -184,7 +191,7 @@ def _row_facts(weights: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array
   )
 
 
-def _pull_block(tokens, back, factor, own, saved, transposed):
+def _pull_block(tokens, back, factor, own, saved, transposed, limit):
   """Gradients of the R rows of one block of an expert.
 
   Args:
@@ -194,13 +201,14 @@ def _pull_block(tokens, back, factor, own, saved, transposed):
     own: [R, 1] bool, False where a row is the next expert's.
     saved: products of gate and up, each [R, F].
     transposed: gate and up, one below the other [2F, D], and down [D, F].
+    limit: of `swiglu`.
 
   Returns:
     Gradients of the inputs [R, D], of the weights of the rows [R], of gate beside up [D, 2F] and of
     down [F, D].
   """
   both, from_out = transposed
-  hidden, pull = jax.vjp(swiglu, *saved)
+  hidden, pull = jax.vjp(functools.partial(swiglu, limit=limit), *saved)
   # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
   # product with `back`, without that result.
   to_hidden = dot(back, from_out, (1, 0))

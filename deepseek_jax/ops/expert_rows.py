@@ -1,17 +1,40 @@
 """Experts' matrices, and rows sorted by expert: where each choice lies, there and back."""
 
+import dataclasses
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 
-class ExpertWeights(NamedTuple):
-  """SwiGLU weights of all experts: gate and up [E, D, F], down [E, F, D]."""
+@functools.partial(
+  jax.tree_util.register_dataclass, data_fields=['gate', 'up', 'down'], meta_fields=['limit']
+)
+@dataclasses.dataclass(frozen=True)
+class ExpertWeights:
+  """SwiGLU weights of all experts, and the limit of what they make: see `swiglu`.
+
+  Attributes:
+    gate: [E, D, F].
+    up: [E, D, F].
+    down: [E, F, D].
+    limit: a number, or None.
+  """
 
   gate: jax.Array
   up: jax.Array
   down: jax.Array
+  limit: float | None = None
+
+  def __iter__(self) -> Iterator[jax.Array]:
+    """Yields gate, up and down."""
+    return iter((self.gate, self.up, self.down))
+
+  def of(self, gate: jax.Array, up: jax.Array, down: jax.Array) -> 'ExpertWeights':
+    """Returns other matrices, or gradients of these, with the same limit."""
+    return ExpertWeights(gate, up, down, self.limit)
 
 
 class Products(NamedTuple):

@@ -118,7 +118,7 @@ def backward_experts(
     with jax.named_scope('experts'):
       # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
       # product with `back`, without that result.
-      hidden, pull = jax.vjp(swiglu, *products)
+      hidden, pull = jax.vjp(_gated(matrices), *products)
       (to_hidden,) = grouped_products(back, (matrices.down,), layout.sizes, transposed=True)
       weighed = to_hidden.astype(jnp.float32)
       d_weight = jnp.sum(hidden.astype(jnp.float32) * weighed, axis=1)
@@ -133,7 +133,7 @@ def backward_experts(
     with jax.named_scope('combine'):
       grad_x = jnp.sum(jnp.take(d_rows, layout.row, axis=0), axis=1, dtype=jnp.float32)
     grad_weights = jnp.take(d_weight, layout.row).astype(weights.dtype)
-    return grad_x.astype(x.dtype), grad_weights, ExpertWeights(d_gate, d_up, d_down)
+    return grad_x.astype(x.dtype), grad_weights, matrices.of(d_gate, d_up, d_down)
 
   back = _by_platform(loop_backward, grouped)
   return back(x, weights, *saved, matrices, grad)
@@ -180,12 +180,12 @@ def _rows_forward(rows, sizes, matrices, gather):
 def _rows_backward(gather, kept, grad):
   rows, sizes, matrices, products = kept
   whole, scatter = jax.vjp(gather, matrices)
-  hidden, pull = jax.vjp(swiglu, *products)
+  hidden, pull = jax.vjp(_gated(whole), *products)
   (to_hidden,) = grouped_products(grad, (whole.down,), sizes, transposed=True)
   stacks = whole.gate, whole.up
   d_rows, d_gate, d_up = grouped_gradients(rows, stacks, sizes, pull(to_hidden))
   d_down = grouped_weight_gradient(hidden, grad, sizes)
-  return d_rows, None, *scatter(ExpertWeights(d_gate, d_up, d_down))
+  return d_rows, None, *scatter(whole.of(d_gate, d_up, d_down))
 
 
 apply_to_rows.defvjp(_rows_forward, _rows_backward)
@@ -196,7 +196,12 @@ def forward_rows(
 ) -> tuple[jax.Array, Products]:
   """Returns `apply_to_rows` [R, D] of the same arrays, and what its gradient needs of it."""
   products = Products(*grouped_products(rows, (matrices.gate, matrices.up), sizes))
-  return grouped_products(swiglu(*products), (matrices.down,), sizes)[0], products
+  return grouped_products(_gated(matrices)(*products), (matrices.down,), sizes)[0], products
+
+
+def _gated(matrices: ExpertWeights) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """What an expert makes of its two products."""
+  return functools.partial(swiglu, limit=matrices.limit)
 
 
 def _by_platform(loop, default):
@@ -213,7 +218,7 @@ def apply_experts_reference(
   """Slow and obvious twin of `apply_experts`: every token [N, D] through every expert."""
   gate = jnp.einsum('nd,edf->nef', x, matrices.gate)
   up = jnp.einsum('nd,edf->nef', x, matrices.up)
-  every = jnp.einsum('nef,efd->ned', swiglu(gate, up), matrices.down)
+  every = jnp.einsum('nef,efd->ned', swiglu(gate, up, limit=matrices.limit), matrices.down)
   table = jnp.einsum(
     'nke,nk->ne', jax.nn.one_hot(experts, matrices.gate.shape[0], dtype=jnp.float32), weights
   )

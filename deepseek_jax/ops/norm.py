@@ -23,14 +23,22 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float = 1e-6) -> jax.Array
   return (x32 * jax.lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32)).astype(x.dtype)
 
 
-def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+def swiglu(gate: jax.Array, up: jax.Array, *, limit: float | None = None) -> jax.Array:
   """Gates `up` [..., F] with silu(`gate`) [..., F], in the dtype of `up`.
 
-  Source: Shazeer, arXiv 2002.05202, equation 6.
+  Args:
+    gate: any float dtype.
+    up: any float dtype.
+    limit: largest gate, and largest magnitude of `up`, or None.
+
+  Source: Shazeer, arXiv 2002.05202, equation 6; the limit: DeepSeek-V4, arXiv 2606.19348, its
+    section on the stability of training.
   """
   # float32 inside: the sigmoid's tail is where bfloat16 is worst.
-  gate32 = gate.astype(jnp.float32)
-  return (jax.nn.silu(gate32) * up.astype(jnp.float32)).astype(up.dtype)
+  gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+  if limit is not None:
+    gate32, up32 = jnp.minimum(gate32, limit), jnp.clip(up32, -limit, limit)
+  return (jax.nn.silu(gate32) * up32).astype(up.dtype)
 
 
 def layer_norm(

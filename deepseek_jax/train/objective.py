@@ -157,8 +157,7 @@ def training_loss(
 
 def _every_depth(module: Decoder, context: Context) -> tuple[list[jax.Array], jax.Array]:
   """Returns hidden states [B, T, D], the next token's first, and the output matrix [D, V]."""
-  hidden, _ = module(context)
-  return [hidden, *module.look_ahead(hidden, context)], module.head_matrix()
+  return module.every_depth(context), module.head_matrix()
 
 
 def evaluation_sums(

@@ -7,6 +7,7 @@ import jax
 import pytest
 
 from configs import v3_671b
+from deepseek_jax.core.load import load_config
 from deepseek_jax.models.cost import active_parameters, weights_of
 from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.sharding.rules import logical_axes
@@ -25,6 +26,34 @@ def v3():
   variables = nn.meta.unbox(boxed)
   weights = weights_of(model, variables['params'], logical_axes(boxed)['params'])
   return model, weights, variables['buffers']
+
+
+@pytest.mark.parametrize(
+  ('name', 'total', 'with_mtp', 'active'),
+  # As published: 15.7, 236, 671, 284 and 1,600 billion; 2.4, 21, 37, 13 and 49 of a token.
+  [
+    ('v2_lite', 15.706, 15.706, 2.451),
+    ('v2_236b', 235.741, 235.741, 20.851),
+    ('v3_2_671b', 671.878, 683.502, 37.476),
+    ('kimi_k2', 1026.408, 1026.408, 31.686),
+    ('v4_flash', 284.332, 290.942, 13.270),
+    ('v4_pro', 1572.997, 1598.837, 48.851),
+  ],
+)
+def test_released_sizes(name, total, with_mtp, active):
+  """Parameters in billions; those of a token without what only looks it up."""
+  model = load_config(name).model
+  decoder = model.build()
+  boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
+  params = nn.meta.unbox(boxed)['params']
+  weights = weights_of(model, params, logical_axes(boxed)['params'])
+  main = [w for w in weights if not w.address.startswith('mtp_')]
+  for found, want in (
+    (sum(w.size for w in main), total),
+    (sum(w.size for w in weights), with_mtp),
+    (active_parameters(main), active),
+  ):
+    assert round(found / 1e9, 3) == want
 
 
 def test_v3_parameters(v3):

@@ -1,5 +1,7 @@
 """Multi-token prediction: what each depth sees, and what it is scored on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,22 +9,65 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
+from deepseek_jax.layers.attention.csa import CSA
+from deepseek_jax.layers.attention.hca import HCA
+from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.context import text_context
+from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.hyper_connections import HyperConnections
+from deepseek_jax.layers.residual import Add
 from deepseek_jax.models.decoder import grouped, plan_segments, shift_left
-from deepseek_jax.models.mtp import MTP
+from deepseek_jax.models.deepseek_v4 import DeepSeekV4
+from deepseek_jax.models.mtp import MTP, LaneMTP
+from deepseek_jax.models.stack import TransformerBlock
 from deepseek_jax.train.objective import batch_totals, target_weights
 
 DEPTH = 2
 
 
-@pytest.fixture(scope='module')
-def look_ahead(tiny, canonical_variables):
+SHARED = {
+  'heads': 2,
+  'head_dim': 8,
+  'rope_dim': 4,
+  'query_latent': 6,
+  'groups': 1,
+  'group_dim': 6,
+  'window': 4,
+  'rope': RoPE(),
+}
+
+
+def lanes(residual):
+  """Two layers, and two depths that look into the lanes."""
+  window = SharedWindow(**SHARED)
+  return DeepSeekV4(
+    depth=2,
+    width=12,
+    vocab=13,
+    first=HCA(**SHARED, ratio=4),
+    sparse=CSA(**SHARED, ratio=2, top_k=2, index_heads=2, index_dim=4),
+    heavy=HCA(**SHARED, ratio=4),
+    feed_forward=SwiGLU(hidden=7, limit=0.5),
+    first_layers=1,
+    residual=residual,
+    mtp=LaneMTP(depth=DEPTH, attention=window),
+  )
+
+
+FAMILIES = {'states': None, 'lanes': HyperConnections(lanes=3), 'one_lane': Add()}
+
+
+@pytest.fixture(scope='module', params=FAMILIES)
+def look_ahead(request, tiny, canonical_variables):
   """Jitted `context -> [hidden of depth 1, hidden of depth 2]`."""
-  model = tiny(depth=2, mtp=MTP(depth=DEPTH))
+  residual = FAMILIES[request.param]
+  model = tiny(depth=2, mtp=MTP(depth=DEPTH)) if residual is None else lanes(residual)
   segments = plan_segments(model)
   variables = {k: grouped(v, segments) for k, v in canonical_variables(model).items()}
+  variables = jax.tree.map(jnp.asarray, variables)
   decoder = model.build()
-  method = lambda module, c: module.look_ahead(module(c)[0], c)  # noqa: E731
+  method = lambda module, c: module.every_depth(c)[1:]  # noqa: E731
   return jax.jit(lambda c: decoder.apply(variables, c, method=method))
 
 
@@ -93,6 +138,32 @@ def test_a_batch_of_padding_divides_by_one():
   np.testing.assert_array_equal(batch_totals(batch, 1).targets, [1, 1])
 
 
+def test_lanes_by_hand(canonical_variables):
+  """Every lane has a part of its own and one of the embedding, each through a norm and a matrix."""
+  model = lanes(HyperConnections(lanes=3))
+  block = model.mtp.block(model.layers()[-1])
+  assert block == dataclasses.replace(model.layers()[-1], attention=SharedWindow(**SHARED))
+  params = canonical_variables(model)['params']['mtp_0']
+  rng = np.random.default_rng(3)
+  stream, embedded = (rng.standard_normal(s).astype('f') for s in ((1, 7, 3, 12), (1, 7, 12)))
+  context = text_context(jnp.zeros((1, 7), jnp.int32))
+  module = model.mtp.build(model.layers()[-1])
+  state, hidden = module.apply({'params': params}, stream, embedded, context)
+
+  def part(x, name):
+    x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x * params[f'{name}_norm']['scale'] @ params[f'{name}_join']
+
+  opened = part(embedded, 'embedding')[:, :, None] + part(stream, 'hidden')
+  want, _ = TransformerBlock(block).apply({'params': params['block']}, opened, context)
+  np.testing.assert_allclose(state, want, atol=1e-5)
+  close = block.residual.build().apply({'params': params['close']}, want, method='close')
+  close /= np.sqrt(np.mean(close**2, axis=-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(hidden, close * params['norm']['scale'], atol=1e-5)
+
+
 def test_wrong_depth():
   with pytest.raises(ConfigError, match='depth'):
     MTP(depth=0)
+  with pytest.raises(ConfigError, match='depth'):
+    LaneMTP(depth=0, attention=SharedWindow(**SHARED))

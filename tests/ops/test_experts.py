@@ -1,5 +1,6 @@
 """Sorting by expert, and expert layers against every token through every expert."""
 
+import dataclasses
 import functools
 
 import jax
@@ -77,14 +78,15 @@ def inputs(case, dtype=jnp.float32):
 
 
 def experts_oracle(x, experts, weights, matrices):
+  limit = np.inf if matrices.limit is None else matrices.limit
   x, gate, up, down = (np.asarray(a, np.float64) for a in (x, *matrices))
   out = np.zeros(x.shape)
   for n, row in enumerate(np.asarray(experts)):
     for k, e in enumerate(row):
       if e == len(gate):
         continue
-      g = x[n] @ gate[e]
-      hidden = g / (1 + np.exp(-g)) * (x[n] @ up[e])
+      g = np.minimum(x[n] @ gate[e], limit)
+      hidden = g / (1 + np.exp(-g)) * np.clip(x[n] @ up[e], -limit, limit)
       out[n] += float(weights[n, k]) * hidden @ down[e]
   return out
 
@@ -115,6 +117,26 @@ def jitted(form):
     return out, *back(grad)
 
   return run
+
+
+@pytest.mark.parametrize('form', ['reference', *FORMS])
+def test_limit(form, monkeypatch):
+  """What experts make is cut, and where it is no gradient flows."""
+  arrange(form, monkeypatch)
+  x, experts, weights, matrices, grad = inputs('45_tokens_idle_experts')
+  matrices = dataclasses.replace(matrices, limit=0.3)
+  jitted.cache_clear()
+  out, *grads = jitted(form)(x, experts, weights, matrices, grad)
+  want = experts_oracle(x, experts, weights, matrices)
+  assert np.abs(want - experts_oracle(x, experts, weights, matrices.of(*matrices))).max() < 1e-9
+  free = experts_oracle(x, experts, weights, dataclasses.replace(matrices, limit=None))
+  assert np.abs(want - free).max() > 0.1
+  np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+  jitted.cache_clear()
+  expected = jitted('reference')(x, experts, weights, matrices, grad)
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[1:]), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+  jitted.cache_clear()
 
 
 @pytest.mark.parametrize('case', CASES)

@@ -229,8 +229,7 @@ def run(case):
   )
 
   def forward(module, context):
-    hidden, _ = module(context)
-    ahead = module.look_ahead(hidden, context)[0]
+    hidden, ahead = module.every_depth(context)
     return hidden, module.logits(hidden, context), ahead, module.logits(ahead, context)
 
   def losses(params):

@@ -30,7 +30,7 @@ from configs import (
   tiny_nsa,
   tiny_recurrent,
   tiny_top_k,
-  tiny_v4_attention,
+  tiny_v4,
   tiny_window,
 )
 from deepseek_jax.core.config import ConfigError
@@ -76,7 +76,7 @@ CONFIGS = {
   'mhc': tiny_mhc,
   'nsa': tiny_nsa,
   'recurrent': tiny_recurrent,
-  'v4': tiny_v4_attention,
+  'v4': tiny_v4,
   'caption': tiny_caption,
 }
 

@@ -136,8 +136,7 @@ def every_logit(model):
 
   def logits(variables):
     def forward(module, context):
-      hidden, _ = module(context)
-      every = [hidden, *module.look_ahead(hidden, context)]
+      every = module.every_depth(context)
       return jnp.stack([module.logits(h, context) for h in every])
 
     context = objective.batch_context(jax.tree.map(jnp.asarray, packed()), Rules())

@@ -136,8 +136,7 @@ def test_bias_follows_the_loads(program, steps):
 
   def routes(variables):
     def forward(module, context):
-      hidden, _ = module(context)
-      return module.look_ahead(hidden, context)
+      return module.every_depth(context)
 
     context = batch_context(jax.tree.map(jnp.asarray, batch), experiment().rules)
     _, seen = program.decoder.apply(

@@ -10,6 +10,7 @@ from jax import lax
 from deepseek_jax.layers.attention.latent import Latent, LatentAttention, Queries, expand_latents
 from deepseek_jax.layers.attention.shards import attend_chosen_sharded
 from deepseek_jax.layers.context import Context
+from deepseek_jax.ops.attention.blocks import Extras
 from deepseek_jax.ops.attention.gathered import KeySets
 from deepseek_jax.ops.attention.pieces import cut, joined
 from deepseek_jax.ops.attention.reference import Seen
@@ -69,7 +70,11 @@ class ChosenAttention(LatentAttention):
     c, dtype = self.config, matrices[0].dtype
     key = (key[0].astype(dtype), key[1].astype(dtype))
     attend = functools.partial(
-      attend_chosen_sharded, rules=context.rules, scale=c.softmax_scale, key_bias=bias, mass=mass
+      attend_chosen_sharded,
+      rules=context.rules,
+      scale=c.softmax_scale,
+      extras=Extras(key_bias=bias),
+      mass=mass,
     )
     tokens, keys = query.source.shape[1], key[0].shape[1]
     form = _expanded if chosen.block > 1 and keys <= EXPANDED else _absorbed

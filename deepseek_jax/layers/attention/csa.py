@@ -30,6 +30,7 @@ from deepseek_jax.layers.attention.shared_window import (
 )
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.attention.blocks import Extras
 from deepseek_jax.ops.attention.compressed import Keys, window_slots
 from deepseek_jax.ops.attention.divergence import selected_divergence
 from deepseek_jax.ops.attention.gathered import KeySets
@@ -179,7 +180,7 @@ class CSAttention(SharedAttention):
       KeySets(jnp.concatenate([near, far], axis=-1)),
       context.rules,
       scale=c.head_dim**-0.5,
-      sinks=sinks,
+      extras=Extras(sinks=sinks),
       mass=mass,
     )
     weights = None if found.mass is None else found.mass[..., c.window :]

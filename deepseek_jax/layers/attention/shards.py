@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.ops.attention.blocked import attend_blocked
-from deepseek_jax.ops.attention.blocks import Window
+from deepseek_jax.ops.attention.blocked import NONE, attend_blocked
+from deepseek_jax.ops.attention.blocks import Extras, Window
 from deepseek_jax.ops.attention.gathered import KeySets, Selected, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.mesh import arrays_are_whole
@@ -116,8 +116,7 @@ def attend_chosen_sharded(
   rules: Rules,
   *,
   scale: float,
-  key_bias: jax.Array | None = None,
-  sinks: jax.Array | None = None,
+  extras: Extras = NONE,
   mass: bool = False,
 ) -> Selected:
   """`attend_selected` or `attend_blocks`, for the rows and heads that a device has.
@@ -132,8 +131,7 @@ def attend_chosen_sharded(
     sets: the keys of each block; of each query where `seen` is None.
     rules: how activations lie on the mesh that is set.
     scale: factor on the scores.
-    key_bias: [B, S] float32 added to every score of a key, or None.
-    sinks: [H] float32 logit of each head without a value, or None.
+    extras: bias of each key and sink of each head, where there are any.
     mass: whether to return the weights of the chosen keys.
 
   Returns:
@@ -142,9 +140,9 @@ def attend_chosen_sharded(
   parts = own_parts(rules, query.shape[0], query.shape[2])
   channels = value if isinstance(value, int) else None
 
-  def attend(query, key, value, sinks, key_bias, indices, seen):
+  def attend(query, key, value, extras, indices, seen):
     value = channels if value is None else value
-    options = {'scale': scale, 'mass': mass, 'key_bias': key_bias, 'sinks': sinks}
+    options = {'scale': scale, 'mass': mass, **extras._asdict()}
     if seen is None:
       found = attend_selected(query, key, value, indices, **options)
     else:
@@ -154,15 +152,18 @@ def attend_chosen_sharded(
     return found._replace(mass=jax.lax.psum(jax.lax.stop_gradient(found.mass), parts.heads))
 
   given = None if channels else value
-  arrays = (query, key, given, sinks, key_bias, sets.indices, sets.seen)
+  arrays = (query, key, given, extras, sets.indices, sets.seen)
   if parts is None:
     return attend(*arrays)
   whole, own = parts.spec(), parts.spec(heads_at=2)
   keys = own if key.ndim == 4 else whole
-  of_heads = None if sinks is None else PartitionSpec(parts.heads or None)
+  added = Extras(
+    None if extras.key_bias is None else whole,  # type: ignore[arg-type]
+    None if extras.sinks is None else PartitionSpec(parts.heads or None),  # type: ignore[arg-type]
+  )
   facts = jax.tree.map(lambda x: whole, arrays[4:])
   outs = Selected(own, whole if mass else None)  # type: ignore[arg-type]
-  ins = (own, keys, None if channels else keys, of_heads, *facts)
+  ins = (own, keys, None if channels else keys, added, *facts)
   return parts.run(attend, ins, outs)(*arrays)
 
 

@@ -74,7 +74,7 @@ class Breaker:
     usable = state != OPEN
     if decoding:
       return matrices, usable, jnp.zeros(count, bool), jnp.float32(0)
-    finite = finite_experts(jax.lax.stop_gradient(matrices))
-    matrices = ExpertWeights(*(jnp.where(finite[:, None, None], w, 0) for w in matrices))
+    finite = finite_experts(jax.lax.stop_gradient(tuple(matrices)))
+    matrices = matrices.of(*(jnp.where(finite[:, None, None], w, 0) for w in matrices))
     watched, signal = watch_matrices(tuple(matrices), state)
-    return ExpertWeights(*watched), usable & finite, ~finite, signal
+    return matrices.of(*watched), usable & finite, ~finite, signal

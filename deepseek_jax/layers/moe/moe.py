@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.feed_forward import Remembering, SwiGLU
+from deepseek_jax.layers.feed_forward import Remembering, SwiGLU, limit_faults
 from deepseek_jax.layers.moe.balance import (
   BatchBalance,
   CommunicationBalance,
@@ -50,6 +50,7 @@ class MoE:
     experts: routed experts E.
     top_k: routed experts K a token goes to.
     hidden: hidden units F of one expert.
+    limit: of what experts make, shared ones too, as of `SwiGLU`; None is none.
     shared: shared experts, merged to one SwiGLU of `shared` · `hidden` units; None for none.
     router: how experts are chosen.
     balance: auxiliary balance loss, or None.
@@ -66,6 +67,7 @@ class MoE:
   experts: int
   top_k: int
   hidden: int
+  limit: float | None = None
   shared: int | None = 1
   router: Sigmoid | Softmax | SqrtSoftplus | Hash | ExpertAttention | Balanced = Sigmoid()
   balance: (
@@ -86,6 +88,7 @@ class MoE:
 
   def __post_init__(self):
     errors = wrong_sizes(self, ('experts', 'top_k', 'hidden', 'shared'))
+    errors += limit_faults(self.limit)
     if not errors and self.top_k > self.experts:
       errors.append(f'`top_k` is {self.top_k}, more than the {self.experts} `experts` there are')
     if not errors:
@@ -125,6 +128,7 @@ class MoEFeedForward(nn.Module):
     c, (batch, length, width) = self.config, x.shape
     tokens = x.reshape(batch * length, width)
     matrices = c.form.matrices(self, c.experts, width, c.hidden, x.dtype)
+    matrices = dataclasses.replace(matrices, limit=c.limit)
     limits = None if c.growth is None else c.growth.limits(self, c.experts, c.top_k)
     if c.breaker is not None:
       matrices, usable, broken, signal = c.breaker.inspect(self, matrices, length == 1)
@@ -163,7 +167,7 @@ class MoEFeedForward(nn.Module):
       self._report_faults(dispatch, broken, tokens, assignment, matrices, routed, context)
     routed = routed.reshape(x.shape)
     if c.shared is not None:
-      shared = SwiGLU(hidden=c.shared * c.hidden).build('shared')
+      shared = SwiGLU(hidden=c.shared * c.hidden, limit=c.limit).build('shared')
       routed += shared(x, context)
     return routed if cache is None else (routed, written)
 

@@ -81,7 +81,7 @@ class Replicas:
         chosen = dataclasses.replace(
           assignment, experts=to_slots(assignment.experts, slots, experts)
         )
-        copies = ExpertWeights(
+        copies = matrices.of(
           gate=fetch(matrices.gate, INWARD),
           up=fetch(matrices.up, INWARD),
           down=fetch(matrices.down, OUTWARD),

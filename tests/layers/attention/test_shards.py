@@ -15,6 +15,7 @@ from deepseek_jax.layers.attention.shards import (
   attend_sharded,
 )
 from deepseek_jax.layers.context import packed_context
+from deepseek_jax.ops.attention.blocks import Extras
 from deepseek_jax.ops.attention.gathered import KeySets, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.reference import Seen, attend_seen
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
@@ -116,7 +117,7 @@ def test_a_pod_compiles(rules, monkeypatch):
 @pytest.mark.parametrize('rows', [4, 1])
 @pytest.mark.parametrize('form', ['each', 'blocks', 'expanded'])
 def test_chosen_keys(form, rows):
-  """Sets of a query or of a block; one key of all heads or one a head; weights and biases too."""
+  """Sets of a query or of a block; one key of all heads or one a head; weights, biases, sinks."""
   query, key, value, grad = draw(rows, 37, H if form == 'expanded' else 1)
   rng = np.random.default_rng(1)
   block = 1 if form == 'each' else 8
@@ -128,21 +129,22 @@ def test_chosen_keys(form, rows):
   if form != 'expanded':
     key, value = key[:, :, 0], None
 
-  def plain(query, key, value, bias):
-    value = V if value is None else value
+  def plain(query, key, value, extras):
+    value, facts = V if value is None else value, extras._asdict()
     if seen is None:
-      return attend_selected(query, key, value, indices, key_bias=bias, **options)
-    return attend_blocks(query, key, value, KeySets(indices, block, seen), key_bias=bias, **options)
+      return attend_selected(query, key, value, indices, **facts, **options)
+    return attend_blocks(query, key, value, KeySets(indices, block, seen), **facts, **options)
 
-  arrays = (query, key, value, bias)
+  sinks = jnp.asarray(rng.standard_normal(H), jnp.float32)
+  arrays = (query, key, value, Extras(bias, sinks))
   want, pull = jax.vjp(plain, *arrays)
   zero = jax.tree.map(jnp.zeros_like, want)
   want_grads = pull(zero._replace(out=grad))
   with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
 
-    def spread(query, key, value, bias):
+    def spread(query, key, value, extras):
       value, sets = V if value is None else value, KeySets(indices, block, seen)
-      return attend_chosen_sharded(query, key, value, sets, TENSOR, key_bias=bias, **options)
+      return attend_chosen_sharded(query, key, value, sets, TENSOR, extras=extras, **options)
 
     @jax.jit
     def both(*arrays):

@@ -130,7 +130,7 @@ def test_the_layer_with_shared_factors_is_the_layer_with_their_sums():
   own = {k: v for k, v in variables['params'].items() if k not in ('router', 'shared')}
   made = Matrices(form, sizes).apply({'params': own}, jnp.float32)
   rest = {k: variables['params'][k] for k in ('router', 'shared')}
-  summed = {**variables, 'params': {**rest, **made._asdict()}}
+  summed = {**variables, 'params': {**rest, **dict(zip(('gate', 'up', 'down'), made, strict=True))}}
 
   def both(layer, variables):
     def run(x):

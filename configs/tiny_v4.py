@@ -1,8 +1,9 @@
-"""The smallest complete run with all attention kinds of DeepSeek-V4, and its residual.
+"""The smallest complete run with all parts of DeepSeek-V4.
 
-Two layers of a window, then sparse and heavy compression by turns.
+Two layers of a window, whose tokens are their own routers; then sparse and heavy compression by
+turns; four residual lanes, and a prediction of the second token from all of them.
 
-Command: python scripts/train.py --config=configs/tiny_v4_attention.py --workdir=runs/tiny_v4
+Command: python scripts/train.py --config=configs/tiny_v4.py --workdir=runs/tiny_v4
 Hardware: any CPU. Time: seconds of training after a minute of compilation.
 Expected: the training loss falls as that of configs/tiny_mla.py does.
 """
@@ -15,8 +16,12 @@ from deepseek_jax.layers.attention.csa import CSA
 from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shared_window import SharedWindow
+from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.moe.router.hash import Hash
+from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
+from deepseek_jax.models.mtp import LaneMTP
 from deepseek_jax.train.experiment import Experiment
 
 
@@ -34,6 +39,7 @@ def get_config() -> Experiment:
     'window': 8,
     'rope': RoPE(),
   }
+  experts: dict[str, Any] = {'experts': 8, 'top_k': 2, 'hidden': 16, 'limit': 10.0}
   model = DeepSeekV4(
     depth=6,
     width=base.model.width,
@@ -41,6 +47,9 @@ def get_config() -> Experiment:
     first=SharedWindow(**sizes),
     sparse=CSA(**sizes, ratio=4, top_k=4, index_heads=4, index_dim=8),
     heavy=HCA(**sizes, ratio=8),
-    feed_forward=base.model.feed_forward,
+    feed_forward=MoE(**experts, router=SqrtSoftplus()),
+    hashed=MoE(**experts, router=Hash(vocab=base.model.vocab)),
+    hashed_layers=2,
+    mtp=LaneMTP(attention=SharedWindow(**sizes)),
   )
-  return dataclasses.replace(base, name='tiny_v4_attention', model=model)
+  return dataclasses.replace(base, name='tiny_v4', model=model)

@@ -1,0 +1,1 @@
+"""Weights from other layouts and to them, tensor by tensor."""
