@@ -8,40 +8,30 @@ Expected: a model of that shape. The recipe is that of configs/v3_671b.py, not t
 Source: Kimi K2, arXiv 2507.20534, table 2, and the released configuration.
 """
 
-import dataclasses
-
 from configs import v3_671b
-from deepseek_jax.data.pipeline import TextCorpus
+from deepseek_jax.core.override import override
 from deepseek_jax.data.tokenizer import BPE
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
-from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
-from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.experiment import Experiment
 
 
 def get_config() -> Experiment:
   """Returns the run."""
-  base = v3_671b.get_config()
-  assert isinstance(base.model, DeepSeekV3)
-  assert isinstance(base.model.feed_forward, MoE)
-  assert isinstance(base.data, TextCorpus)
-  rope = RoPE(theta=50_000.0, yarn=YaRN(factor=32.0, original_length=4096))
-  model = dataclasses.replace(
-    base.model,
-    vocab=163_840,
-    attention=dataclasses.replace(base.model.attention, heads=64, rope=rope),
-    dense_layers=1,
-    feed_forward=dataclasses.replace(
-      base.model.feed_forward, experts=384, router=Sigmoid(scale=2.827)
-    ),
-    mtp=None,
-  )
-  return dataclasses.replace(
-    base,
-    name='kimi_k2',
-    model=model,
-    data=dataclasses.replace(base.data, tokenizer=BPE()),
-    mesh=MeshConfig(data=64, expert=32),
-  )
+  changes = {
+    'name': 'kimi_k2',
+    'model.vocab': 163_840,
+    'model.attention.heads': 64,
+    'model.attention.rope': RoPE(theta=50_000.0, yarn=YaRN(factor=32.0, original_length=4096)),
+    'model.dense_layers': 1,
+    'model.feed_forward.experts': 384,
+    'model.feed_forward.router': Sigmoid(scale=2.827),
+    'model.mtp': None,
+    'data.tokenizer': BPE(),
+    # So many that 2,048 devices share them evenly.
+    'data.batch_size': 16_384,
+    'microbatches': 8,
+    'mesh': MeshConfig(data=64, expert=32),
+  }
+  return override(v3_671b.get_config(), changes)[0]

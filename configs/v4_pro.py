@@ -6,7 +6,8 @@ Hardware: 2,048 accelerators of 80 GB or more, as 64 (data) × 32 (expert).
 Cost: 33 T tokens. It has never been run here.
 Expected: the published base model, given the authors' data and their stages of longer rows.
 
-What differs from the report: as in configs/v4_flash.py.
+What differs from the report: as in configs/v4_flash.py; a batch has 92.3 M tokens, where theirs has
+94.4 M, so that 2,048 devices share it evenly.
 
 Source: DeepSeek-V4, arXiv 2606.19348, sections 2 and 4, and the released configuration.
 """
@@ -27,7 +28,7 @@ from deepseek_jax.models.mtp import LaneMTP
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.experiment import Experiment
 
-ROWS = 23_040
+ROWS = 22_528
 
 
 def get_config() -> Experiment:
@@ -66,6 +67,6 @@ def get_config() -> Experiment:
     data=dataclasses.replace(base.data, batch_size=ROWS),
     optimizer=dataclasses.replace(base.optimizer, peak_lr=2e-4),
     train_steps=round(33e12 / (ROWS * v4_flash.LENGTH)),
-    microbatches=45,
+    microbatches=11,
     mesh=MeshConfig(data=64, expert=32),
   )

@@ -7,7 +7,7 @@ symbols of their own kinds, so that what has to be learnt is to look back, and h
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -55,10 +55,9 @@ class MultiQuery:
   power: float = 0.01
 
   def __post_init__(self):
-    messages = []
+    _check(self)
     if not 0 < self.power <= 1:
-      messages.append(f'MultiQuery.power: expected above 0 and at most 1, found {self.power}')
-    _check(self, messages)
+      raise ConfigError(f'MultiQuery.power: expected above 0 and at most 1, found {self.power}')
 
   @property
   def least(self) -> int:
@@ -136,21 +135,21 @@ class Needle:
     last = length - 2 * self.pairs
     slots = (last - 1) // 2
     given = 1 + 2 * generator.choice(slots, self.pairs, replace=False)
-    return Layout(given, last + 2 * np.arange(self.pairs), generator.permutation(self.pairs))
+    return Layout(given, last + 2 * np.arange(self.pairs), _rounds(self, generator))
 
 
 Task = MultiQuery | Scattered | Needle
 
 
-def _check(task: Task, messages: Sequence[str] = ()) -> None:
-  """Refuses a task without pairs or questions, and what `messages` say."""
-  low = [
+def _check(task: Task) -> None:
+  """Refuses a task without pairs or questions."""
+  messages = [
     f'{type(task).__name__}.{field.name}: expected at least 1, found {size}'
     for field in dataclasses.fields(task)
     if field.name in ('pairs', 'questions') and (size := getattr(task, field.name)) < 1
   ]
-  if found := [*low, *messages]:
-    raise ConfigError(found)
+  if messages:
+    raise ConfigError(messages)
 
 
 def _rounds(task: Task, generator: np.random.Generator) -> np.ndarray:

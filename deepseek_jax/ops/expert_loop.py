@@ -5,8 +5,6 @@ while it is in the cache: its tokens are fetched, and its results added to those
 that nothing as large as all rows times the width is ever written.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,7 +19,6 @@ from deepseek_jax.ops.kernels.grouped_cpu import (
   read,
   write,
 )
-from deepseek_jax.ops.norm import swiglu
 
 
 def each_choice(
@@ -49,9 +46,7 @@ def each_choice(
     gate, up, down = (pick(w, chosen[c]) for w in matrices)
     token = read(x, n, 1)
     products = (dot(token, w, (1, 0)).astype(x.dtype) for w in (gate, up))
-    result = jnp.where(
-      real[c], dot(swiglu(*products, limit=matrices.limit), down, (1, 0)) * factors[c], 0
-    )
+    result = jnp.where(real[c], dot(matrices.gated(*products), down, (1, 0)) * factors[c], 0)
     return write(total, read(total, n, 1) + result, n)
 
   total = lax.fori_loop(0, chosen.size, choice, jnp.zeros(x.shape, jnp.float32))
@@ -85,9 +80,7 @@ def loop_forward(
       index = read(token, start, size)
       tokens = _gather(x, index)
       found = [dot(tokens, w, (1, 0)).astype(x.dtype) for w in (gate, up)]
-      result = (
-        dot(swiglu(*found, limit=matrices.limit), down, (1, 0)) * read(weight, start, size)[:, None]
-      )
+      result = dot(matrices.gated(*found), down, (1, 0)) * read(weight, start, size)[:, None]
       kept = (
         write(all_rows, jnp.where(own, new, read(all_rows, start, size)), start)
         for all_rows, new in zip(products, found)
@@ -144,7 +137,7 @@ def loop_backward(
         own,
         tuple(read(p, start, size) for p in products),
         (both, from_out),
-        matrices.limit,
+        matrices.gated,
       )
       kept = jnp.where(own[:, 0], parts[1], read(grad_weight, start, size))
       return (
@@ -191,7 +184,7 @@ def _row_facts(weights: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array
   )
 
 
-def _pull_block(tokens, back, factor, own, saved, transposed, limit):
+def _pull_block(tokens, back, factor, own, saved, transposed, gated):
   """Gradients of the R rows of one block of an expert.
 
   Args:
@@ -201,14 +194,14 @@ def _pull_block(tokens, back, factor, own, saved, transposed, limit):
     own: [R, 1] bool, False where a row is the next expert's.
     saved: products of gate and up, each [R, F].
     transposed: gate and up, one below the other [2F, D], and down [D, F].
-    limit: of `swiglu`.
+    gated: makes hidden units of the saved products.
 
   Returns:
     Gradients of the inputs [R, D], of the weights of the rows [R], of gate beside up [D, 2F] and of
     down [F, D].
   """
   both, from_out = transposed
-  hidden, pull = jax.vjp(functools.partial(swiglu, limit=limit), *saved)
+  hidden, pull = jax.vjp(gated, *saved)
   # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
   # product with `back`, without that result.
   to_hidden = dot(back, from_out, (1, 0))

@@ -8,10 +8,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.ops.norm import swiglu
 
-@functools.partial(
-  jax.tree_util.register_dataclass, data_fields=['gate', 'up', 'down'], meta_fields=['limit']
-)
+MATRICES = ('gate', 'up', 'down')
+"""Of an expert, by name."""
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=MATRICES, meta_fields=['limit'])
 @dataclasses.dataclass(frozen=True)
 class ExpertWeights:
   """SwiGLU weights of all experts, and the limit of what they make: see `swiglu`.
@@ -31,6 +34,10 @@ class ExpertWeights:
   def __iter__(self) -> Iterator[jax.Array]:
     """Yields gate, up and down."""
     return iter((self.gate, self.up, self.down))
+
+  def gated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns hidden units [..., F] of what `gate` and `up` make of a token."""
+    return swiglu(gate, up, limit=self.limit)
 
   def of(self, gate: jax.Array, up: jax.Array, down: jax.Array) -> 'ExpertWeights':
     """Returns other matrices, or gradients of these, with the same limit."""

@@ -25,7 +25,6 @@ from deepseek_jax.ops.grouped_matmul import (
   grouped_products,
   grouped_weight_gradient,
 )
-from deepseek_jax.ops.norm import swiglu
 
 Gather = Callable[[ExpertWeights], ExpertWeights]
 """Makes a device's parts of the matrices whole; differentiable."""
@@ -118,7 +117,7 @@ def backward_experts(
     with jax.named_scope('experts'):
       # The gradient of a row's weight needs the row's unweighted result; h · (back downᵀ) is its
       # product with `back`, without that result.
-      hidden, pull = jax.vjp(_gated(matrices), *products)
+      hidden, pull = jax.vjp(matrices.gated, *products)
       (to_hidden,) = grouped_products(back, (matrices.down,), layout.sizes, transposed=True)
       weighed = to_hidden.astype(jnp.float32)
       d_weight = jnp.sum(hidden.astype(jnp.float32) * weighed, axis=1)
@@ -180,7 +179,7 @@ def _rows_forward(rows, sizes, matrices, gather):
 def _rows_backward(gather, kept, grad):
   rows, sizes, matrices, products = kept
   whole, scatter = jax.vjp(gather, matrices)
-  hidden, pull = jax.vjp(_gated(whole), *products)
+  hidden, pull = jax.vjp(whole.gated, *products)
   (to_hidden,) = grouped_products(grad, (whole.down,), sizes, transposed=True)
   stacks = whole.gate, whole.up
   d_rows, d_gate, d_up = grouped_gradients(rows, stacks, sizes, pull(to_hidden))
@@ -196,12 +195,7 @@ def forward_rows(
 ) -> tuple[jax.Array, Products]:
   """Returns `apply_to_rows` [R, D] of the same arrays, and what its gradient needs of it."""
   products = Products(*grouped_products(rows, (matrices.gate, matrices.up), sizes))
-  return grouped_products(_gated(matrices)(*products), (matrices.down,), sizes)[0], products
-
-
-def _gated(matrices: ExpertWeights) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """What an expert makes of its two products."""
-  return functools.partial(swiglu, limit=matrices.limit)
+  return grouped_products(matrices.gated(*products), (matrices.down,), sizes)[0], products
 
 
 def _by_platform(loop, default):
@@ -218,7 +212,7 @@ def apply_experts_reference(
   """Slow and obvious twin of `apply_experts`: every token [N, D] through every expert."""
   gate = jnp.einsum('nd,edf->nef', x, matrices.gate)
   up = jnp.einsum('nd,edf->nef', x, matrices.up)
-  every = jnp.einsum('nef,efd->ned', swiglu(gate, up, limit=matrices.limit), matrices.down)
+  every = jnp.einsum('nef,efd->ned', matrices.gated(gate, up), matrices.down)
   table = jnp.einsum(
     'nke,nk->ne', jax.nn.one_hot(experts, matrices.gate.shape[0], dtype=jnp.float32), weights
   )

@@ -10,9 +10,9 @@ and reach.png; with --rows, from those of earlier. The question and what was fou
 
 import argparse
 import dataclasses
-import json
 import pathlib
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,6 +22,8 @@ from deepseek_jax.data.recall import MultiQuery, Needle, Recall, RecallData
 from deepseek_jax.hub import CACHE_DIR, Pretrained
 from deepseek_jax.lab.picture import COLOURS
 from deepseek_jax.lab.recall import recall_by_distance
+from experiments import reading
+from experiments.reading import Row
 
 TOKENS, ROWS = 2**16, 8
 """Symbols read of each kind of row, and rows of it at least; a row has eight questions."""
@@ -58,22 +60,14 @@ def share_right(model: Pretrained, task: MultiQuery | Needle, length: int) -> di
   }
 
 
-def read(runs: pathlib.Path, lengths: list[int], out: pathlib.Path) -> list[dict[str, Any]]:
-  """Measures every run of a sweep; what was measured before is not lost to what fails later."""
-  rows: list[dict[str, Any]] = []
-  for folder in sorted(runs.glob('*/seed_*')):
-    model = lab.from_pretrained(folder)
-    facts = {'variant': folder.parent.name, 'seed': int(folder.name.removeprefix('seed_'))}
-    assert isinstance(model.experiment.data, Recall)
-    for name, task in tasks(model.experiment.data).items():
-      for length in lengths:
-        if length > LONG and (name != 'needle' or facts['seed']):
-          continue
-        rows.append({**facts, 'task': name, 'length': length, **share_right(model, task, length)})
-        with (out / 'rows.jsonl').open('a', encoding='utf-8') as file:
-          file.write(json.dumps(rows[-1]) + '\n')
-        print(f'{folder}: {name} of {length:,}: {rows[-1]["right"]:.1%} right', flush=True)
-  return rows
+def measure(folder: pathlib.Path, given: argparse.Namespace) -> Iterator[Row]:
+  """Yields the share of right answers of a run, by task and length."""
+  model = lab.from_pretrained(folder)
+  assert isinstance(model.experiment.data, Recall)
+  for name, task in tasks(model.experiment.data).items():
+    for length in map(int, given.lengths.split(',')):
+      if length <= LONG or (name == 'needle' and folder.name == 'seed_0'):
+        yield {'task': name, 'length': length, **share_right(model, task, length)}
 
 
 def grouped(rows: list[dict[str, Any]], task: str) -> dict[str, dict[int, list[float]]]:
@@ -129,27 +123,13 @@ def draw(rows: list[dict[str, Any]], folder: pathlib.Path) -> None:
   figure.savefig(folder / 'reach.png', dpi=120)
 
 
-def main() -> None:
-  """Makes rows or reads them, and shows them."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/recall_kinds'))
-  parser.add_argument('--lengths', default='2048,4096,8192,16384')
-  parser.add_argument('--rows', type=pathlib.Path)
-  parser.add_argument('--out', type=pathlib.Path, help='folder; that of the runs by default')
-  arguments = parser.parse_args()
-  out = arguments.out or (arguments.rows.parent if arguments.rows else arguments.runs)
-  if arguments.rows is None and not any(arguments.runs.glob('*/seed_*')):
-    raise SystemExit(f'{arguments.runs}: no run here; run sweep.py first')
-  out.mkdir(parents=True, exist_ok=True)
-  if arguments.rows is None and (out / 'rows.jsonl').exists():
-    raise SystemExit(f'{out}/rows.jsonl: is there; show it with --rows, or choose another --out')
-  if arguments.rows is None:
-    rows = read(arguments.runs, [int(n) for n in arguments.lengths.split(',')], out)
-  else:
-    rows = [json.loads(line) for line in arguments.rows.read_text(encoding='utf-8').splitlines()]
-  draw(rows, out)
-  print(table(rows))
+def show(rows: list[Row], folder: pathlib.Path) -> str:
+  """Draws the rows, and returns a table of them."""
+  draw(rows, folder)
+  return table(rows)
 
 
 if __name__ == '__main__':
-  main()
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--lengths', default='2048,4096,8192,16384')
+  reading.main(parser, measure, show)

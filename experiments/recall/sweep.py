@@ -14,30 +14,18 @@ from typing import Any
 
 from deepseek_jax.core.override import override
 from deepseek_jax.core.sweep import Sweep, chain, product, seeds
-from deepseek_jax.layers.attention.gated import Gated, Log, Share
-from deepseek_jax.layers.attention.indexer import Indexer
-from deepseek_jax.layers.attention.sparse import DSA
-from deepseek_jax.layers.attention.top_k import TopK
-from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.init_from import InitFrom
 from experiments.recall import longer
 
 baseline = 'dense'
 ATTENTION = 'model.attention'
-LATENT: dict[str, Any] = {
-  'heads': 4,
-  'nope_dim': 16,
-  'rope_dim': 16,
-  'value_dim': 16,
-  'latent': 64,
-}
 LENGTH = 2048
 """Symbols of a row in which the kinds take their place."""
 KEPT = 614
 """Keys of a query: 30 percent of a row."""
 FEW = 32
-INDEXER = Indexer(heads=4, dim=32)
+SPARSE = f'DSA(top_k={FEW}, indexer=Indexer(heads=4, dim=32))'
 
 
 def base() -> Experiment:
@@ -56,14 +44,17 @@ def base() -> Experiment:
 
 
 def variants() -> Sweep:
-  """Returns kinds that see 30 percent of a full row, and others that see much less."""
+  """Returns kinds that see 30 percent of a full row, and others that see much less.
+
+  Sizes of heads are those of the model.
+  """
   kinds = {
-    'window': Window(**LATENT, size=KEPT, sinks=4),
-    'gated_share': Gated(**LATENT, keep=Share(share=0.3), block=16, window=16),
-    'gated_log': Gated(**LATENT, keep=Log(factor=16.0), block=16, window=16),
-    'dsa_cold': DSA(**LATENT, indexer=INDEXER, top_k=FEW),
-    'dsa_warmed': DSA(**LATENT, indexer=INDEXER, top_k=FEW),
-    'top_k': TopK(**LATENT, top_k=FEW),
+    'window': f'Window(size={KEPT}, sinks=4)',
+    'gated_share': 'Gated(keep=Share(share=0.3), block=16, window=16)',
+    'gated_log': 'Gated(keep=Log(factor=16.0), block=16, window=16)',
+    'dsa_cold': SPARSE,
+    'dsa_warmed': SPARSE,
+    'top_k': f'TopK(top_k={FEW})',
   }
   changed: dict[str, dict[str, Any]] = {name: {ATTENTION: kind} for name, kind in kinds.items()}
   changed['dsa_warmed']['init_from'] = InitFrom('runs/recall_warm_up')

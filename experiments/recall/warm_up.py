@@ -6,7 +6,7 @@ Hardware: 2 CPU cores. Time: three minutes, after `longer.py`.
 """
 
 from deepseek_jax.core.override import override
-from deepseek_jax.layers.attention.sparse import DSA, WarmUp
+from deepseek_jax.layers.attention.sparse import WarmUp
 from deepseek_jax.train.experiment import Experiment
 from experiments.recall import sweep
 
@@ -17,6 +17,7 @@ def get_config() -> Experiment:
     'name': 'recall_warm_up',
     'optimizer.peak_lr': 1e-2,
     'trainable': ('*/attention/indexer/*',),
-    sweep.ATTENTION: DSA(**sweep.LATENT, indexer=sweep.INDEXER, top_k=sweep.FEW, stage=WarmUp()),
+    sweep.ATTENTION: sweep.SPARSE,
+    f'{sweep.ATTENTION}.stage': WarmUp(),
   }
   return override(sweep.base(), changes)[0]

@@ -11,9 +11,9 @@ of earlier. The question and what was found are in README.md.
 
 import argparse
 import itertools
-import json
 import pathlib
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,13 +24,13 @@ from matplotlib.figure import Figure
 from deepseek_jax import lab
 from deepseek_jax.hub import CACHE_DIR, Pretrained
 from deepseek_jax.lab.picture import COLOURS
-from deepseek_jax.layers.attention.window import Window
-from experiments.attention_kinds.sweep import LATENT
+from experiments import reading
+from experiments.reading import Row
 
 EDGES = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 READ_THROUGH = {
-  'all, read in 1024': Window(**LATENT, size=1024, sinks=4),
-  'all, read in 1024 without sinks': Window(**LATENT, size=1024, sinks=0),
+  'all, read in 1024': 'Window(size=1024, sinks=4)',
+  'all, read in 1024 without sinks': 'Window(size=1024, sinks=0)',
 }
 """Windows put on models that were trained without."""
 
@@ -60,25 +60,17 @@ def by_position(model: Pretrained, documents: list[np.ndarray]) -> list[float]:
   return [float(rows[:, a:b].mean()) for a, b in ranges if a < rows.shape[1]]
 
 
-def read(runs: pathlib.Path, length: int, out: pathlib.Path) -> list[dict[str, Any]]:
-  """Measures every run of a sweep; what was measured before is not lost to what fails later."""
-  rows: list[dict[str, Any]] = []
-  for folder in sorted(runs.glob('*/seed_*')):
-    model = lab.from_pretrained(folder)
-    documents = long_documents(model, length)
-    if not documents:
-      raise SystemExit(f'no held-out document has {length:,} tokens; give a smaller --length')
-    name, seed = folder.parent.name, int(folder.name.removeprefix('seed_'))
-    models = {name: model}
-    if name == 'all':
-      models |= {label: model.replace(attention=kind) for label, kind in READ_THROUGH.items()}
-    for label, one in models.items():
-      row = {'variant': label, 'seed': seed, 'documents': len(documents)}
-      rows.append({**row, 'bits': by_position(one, documents)})
-      with (out / 'rows.jsonl').open('a', encoding='utf-8') as file:
-        file.write(json.dumps(rows[-1]) + '\n')
-      print(f'{label}, seed {seed}: {rows[-1]["bits"][-1]:.3f} bits at the end', flush=True)
-  return rows
+def measure(folder: pathlib.Path, given: argparse.Namespace) -> Iterator[Row]:
+  """Yields bits by position of a run, and of its weights read through windows."""
+  model = lab.from_pretrained(folder)
+  documents = long_documents(model, given.length)
+  if not documents:
+    raise SystemExit(f'no held-out document has {given.length:,} tokens; give a smaller --length')
+  models, name = {}, folder.parent.name
+  if name == 'all':
+    models = {label: model.replace(attention=kind) for label, kind in READ_THROUGH.items()}
+  for label, one in {name: model, **models}.items():
+    yield {'variant': label, 'documents': len(documents), 'bits': by_position(one, documents)}
 
 
 def grouped(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -124,27 +116,13 @@ def draw(rows: list[dict[str, Any]], trained: int, folder: pathlib.Path) -> None
   figure.savefig(folder / 'reach.png', dpi=120)
 
 
-def main() -> None:
-  """Makes rows or reads them, and shows them."""
-  parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument('--runs', type=pathlib.Path, default=pathlib.Path('runs/reach'))
-  parser.add_argument('--length', type=int, default=EDGES[-1])
-  parser.add_argument('--rows', type=pathlib.Path)
-  parser.add_argument('--out', type=pathlib.Path, help='folder; that of the runs by default')
-  arguments = parser.parse_args()
-  out = arguments.out or (arguments.rows.parent if arguments.rows else arguments.runs)
-  if arguments.rows is None and not any(arguments.runs.glob('*/seed_*')):
-    raise SystemExit(f'{arguments.runs}: no run here; run sweep.py first')
-  out.mkdir(parents=True, exist_ok=True)
-  if arguments.rows is None and (out / 'rows.jsonl').exists():
-    raise SystemExit(f'{out}/rows.jsonl: is there; show it with --rows, or choose another --out')
-  if arguments.rows is None:
-    rows = read(arguments.runs, arguments.length, out)
-  else:
-    rows = [json.loads(line) for line in arguments.rows.read_text(encoding='utf-8').splitlines()]
-  draw(rows, 2048, out)
-  print(table(rows))
+def show(rows: list[Row], folder: pathlib.Path) -> str:
+  """Draws the rows, and returns a table of them."""
+  draw(rows, 2048, folder)
+  return table(rows)
 
 
 if __name__ == '__main__':
-  main()
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument('--length', type=int, default=EDGES[-1])
+  reading.main(parser, measure, show)

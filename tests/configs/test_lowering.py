@@ -81,6 +81,14 @@ def test_there_are_configs():
   assert {'quickstart', 'tiny_mla', 'v3_671b'} <= set(CONFIGS)
 
 
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_config_is_right_on_its_own_devices(name):
+  """On as many as its mesh has, which are not here."""
+  experiment = load_config(FOLDER / f'{name}.py')
+  sizes = dataclasses.asdict(experiment.mesh).values()
+  assert not experiment.check(math.prod(size or 1 for size in sizes))
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_gpu(name):
   """One module for both kinds, with their grouped product and without the CPU's loop."""

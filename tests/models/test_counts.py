@@ -17,15 +17,20 @@ def billions(count):
   return round(count / 1e9, 2)
 
 
-@pytest.fixture(scope='module')
-def v3():
-  """DeepSeek-V3: its model, weights and buffers, all abstract."""
-  model = v3_671b.get_config().model
+def abstract(name):
+  """A config's model, its weights and buffers, all abstract."""
+  model = load_config(name).model
   decoder = model.build()
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   variables = nn.meta.unbox(boxed)
   weights = weights_of(model, variables['params'], logical_axes(boxed)['params'])
   return model, weights, variables['buffers']
+
+
+@pytest.fixture(scope='module')
+def v3():
+  """DeepSeek-V3: its model, weights and buffers, all abstract."""
+  return abstract('v3_671b')
 
 
 @pytest.mark.parametrize(
@@ -42,11 +47,7 @@ def v3():
 )
 def test_released_sizes(name, total, with_mtp, active):
   """Parameters in billions; those of a token without what only looks it up."""
-  model = load_config(name).model
-  decoder = model.build()
-  boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
-  params = nn.meta.unbox(boxed)['params']
-  weights = weights_of(model, params, logical_axes(boxed)['params'])
+  _, weights, _ = abstract(name)
   main = [w for w in weights if not w.address.startswith('mtp_')]
   for found, want in (
     (sum(w.size for w in main), total),

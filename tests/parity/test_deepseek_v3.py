@@ -14,185 +14,42 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.convert.architecture import model_of
+from deepseek_jax.convert.lazy import stored
+from deepseek_jax.convert.names import names_of
+from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.layers.attention.latent import MLA
-from deepseek_jax.layers.attention.rope import RoPE, YaRN
+from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.context import text_context
-from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
-from deepseek_jax.layers.moe.router.sigmoid import Sigmoid, SigmoidRouter
+from deepseek_jax.layers.moe.router.sigmoid import SigmoidRouter
 from deepseek_jax.models.decoder import canonical, grouped, plan_segments, shift_left
-from deepseek_jax.models.deepseek_v3 import DeepSeekV3
-from deepseek_jax.models.mtp import MTP
 from deepseek_jax.models.stack import TransformerBlock
 from deepseek_jax.train.objective import batch_totals, training_loss
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 CASES = ('deepseek_v3_yarn_groups', 'deepseek_v3_plain')
-NORMS = {'attention_norm': 'input_layernorm', 'feed_forward_norm': 'post_attention_layernorm'}
-MTP_NORMS = {'embedding_norm': 'enorm', 'hidden_norm': 'hnorm', 'norm': 'shared_head.norm'}
-
-
-def family(c):
-  """Translates a published `config.json`."""
-  yarn = c['rope_scaling'] and YaRN(
-    factor=c['rope_scaling']['factor'],
-    original_length=c['rope_scaling']['original_max_position_embeddings'],
-    beta_fast=c['rope_scaling']['beta_fast'],
-    beta_slow=c['rope_scaling']['beta_slow'],
-    mscale=c['rope_scaling']['mscale'],
-    mscale_all=c['rope_scaling']['mscale_all_dim'],
-  )
-  return DeepSeekV3(
-    depth=c['num_hidden_layers'],
-    width=c['hidden_size'],
-    vocab=c['vocab_size'],
-    attention=MLA(
-      heads=c['num_attention_heads'],
-      nope_dim=c['qk_nope_head_dim'],
-      rope_dim=c['qk_rope_head_dim'],
-      value_dim=c['v_head_dim'],
-      latent=c['kv_lora_rank'],
-      query_latent=c['q_lora_rank'],
-      rope=RoPE(theta=c['rope_theta'], yarn=yarn),
-    ),
-    dense=SwiGLU(hidden=c['intermediate_size']),
-    dense_layers=c['first_k_dense_replace'],
-    feed_forward=MoE(
-      experts=c['n_routed_experts'],
-      top_k=c['num_experts_per_tok'],
-      hidden=c['moe_intermediate_size'],
-      shared=c['n_shared_experts'],
-      router=Sigmoid(
-        groups=c['n_group'], kept_groups=c['topk_group'], scale=c['routed_scaling_factor']
-      ),
-      # The published code has no auxiliary loss.
-      balance=None,
-    ),
-    mtp=MTP(depth=c['num_nextn_predict_layers']),
-  )
-
-
-def attention_params(weights, prefix, a):
-  """Published linear weights are [out, in]; ours keep heads as an axis of their own."""
-  get = lambda name: weights[f'{prefix}.self_attn.{name}.weight']  # noqa: E731
-  head = a.nope_dim + a.rope_dim
-  out = {
-    'latent_down': get('kv_a_proj_with_mqa').T,
-    'latent_norm': {'scale': get('kv_a_layernorm')},
-    'key_value_up': get('kv_b_proj').T.reshape(a.latent, a.heads, a.nope_dim + a.value_dim),
-    'output': get('o_proj').T.reshape(a.heads, a.value_dim, -1),
-  }
-  if a.query_latent is None:
-    return {**out, 'query': get('q_proj').T.reshape(-1, a.heads, head)}
-  return {
-    **out,
-    'query_down': get('q_a_proj').T,
-    'query_norm': {'scale': get('q_a_layernorm')},
-    'query_up': get('q_b_proj').T.reshape(a.query_latent, a.heads, head),
-  }
-
-
-def swiglu_params(weights, prefix):
-  return {part: weights[f'{prefix}.{part}_proj.weight'].T for part in ('gate', 'up', 'down')}
-
-
-def feed_forward_params(weights, prefix, f):
-  if isinstance(f, SwiGLU):
-    return swiglu_params(weights, f'{prefix}.mlp')
-  each = [swiglu_params(weights, f'{prefix}.mlp.experts.{e}') for e in range(f.experts)]
-  return {
-    **{part: np.stack([expert[part] for expert in each]) for part in ('gate', 'up', 'down')},
-    'router': {'weight': weights[f'{prefix}.mlp.gate.weight'].T},
-    'shared': swiglu_params(weights, f'{prefix}.mlp.shared_experts'),
-  }
-
-
-def block_params(weights, index, block):
-  prefix = f'model.layers.{index}'
-  return {
-    'attention': attention_params(weights, prefix, block.attention),
-    'feed_forward': feed_forward_params(weights, prefix, block.feed_forward),
-    **{ours: {'scale': weights[f'{prefix}.{theirs}.weight']} for ours, theirs in NORMS.items()},
-  }
 
 
 def from_published(weights, model):
   """Returns our parameters and buffers, layers at their canonical addresses."""
-  layers, depth = model.layers(), model.depth
-  prefix = f'model.layers.{depth}'
-  params = {
-    'embedding': {'weight': weights['model.embed_tokens.weight']},
-    'layers': {str(i): block_params(weights, i, block) for i, block in enumerate(layers)},
-    'norm': {'scale': weights['model.norm.weight']},
-    'head': {'weight': weights['lm_head.weight'].T},
-    'mtp_0': {
-      'block': block_params(weights, depth, layers[-1]),
-      'join': weights[f'{prefix}.eh_proj.weight'].T,
-      **{
-        ours: {'scale': weights[f'{prefix}.{theirs}.weight']} for ours, theirs in MTP_NORMS.items()
-      },
-    },
+  flat = {
+    entry.ours: entry.form.ours([stored(weights[name]) for name in entry.theirs]).whole()
+    for entry in names_of(model).entries
   }
-
-  def bias(index):
-    value = weights[f'model.layers.{index}.mlp.gate.e_score_correction_bias']
-    return {'feed_forward': {'router': {'selection_bias': value}}}
-
-  sparse = range(model.dense_layers, depth)
-  buffers = {'layers': {str(i): bias(i) for i in sparse}, 'mtp_0': {'block': bias(depth)}}
-  return params, buffers
-
-
-def published_attention(p, a):
-  out = {
-    'kv_a_proj_with_mqa': p['latent_down'].T,
-    'kv_a_layernorm': p['latent_norm']['scale'],
-    'kv_b_proj': p['key_value_up'].reshape(a.latent, -1).T,
-    'o_proj': p['output'].reshape(a.heads * a.value_dim, -1).T,
-  }
-  if a.query_latent is None:
-    return {**out, 'q_proj': p['query'].reshape(len(p['query']), -1).T}
-  return {
-    **out,
-    'q_a_proj': p['query_down'].T,
-    'q_a_layernorm': p['query_norm']['scale'],
-    'q_b_proj': p['query_up'].reshape(a.query_latent, -1).T,
-  }
-
-
-def published_block(p, index, block):
-  prefix = f'model.layers.{index}'
-  names = {
-    f'self_attn.{k}': v for k, v in published_attention(p['attention'], block.attention).items()
-  }
-  names |= {theirs: p[ours]['scale'] for ours, theirs in NORMS.items()}
-  f = p['feed_forward']
-  if isinstance(block.feed_forward, SwiGLU):
-    names |= {f'mlp.{part}_proj': f[part].T for part in ('gate', 'up', 'down')}
-  else:
-    names['mlp.gate'] = f['router']['weight'].T
-    for part in ('gate', 'up', 'down'):
-      names[f'mlp.shared_experts.{part}_proj'] = f['shared'][part].T
-      for expert, matrix in enumerate(f[part]):
-        names[f'mlp.experts.{expert}.{part}_proj'] = matrix.T
-  return {f'{prefix}.{name}.weight': value for name, value in names.items()}
+  tree = unflatten(flat)
+  return tree['params'], tree['buffers']
 
 
 def to_published(params, model):
   """The inverse of `from_published`; linear, so gradients go through it as weights do."""
-  layers, depth = model.layers(), model.depth
-  names = {
-    'model.embed_tokens.weight': params['embedding']['weight'],
-    'model.norm.weight': params['norm']['scale'],
-    'lm_head.weight': params['head']['weight'].T,
-    f'model.layers.{depth}.eh_proj.weight': params['mtp_0']['join'].T,
+  flat = flatten({'params': params})
+  return {
+    name: part.whole()
+    for entry in names_of(model).entries
+    if entry.ours in flat
+    for name, part in zip(entry.theirs, entry.form.theirs(stored(flat[entry.ours])), strict=True)
   }
-  for ours, theirs in MTP_NORMS.items():
-    names[f'model.layers.{depth}.{theirs}.weight'] = params['mtp_0'][ours]['scale']
-  for i, block in enumerate(layers):
-    names |= published_block(params['layers'][str(i)], i, block)
-  return names | published_block(params['mtp_0']['block'], depth, layers[-1])
 
 
 @functools.cache
@@ -203,7 +60,8 @@ def load(case):
     with np.load(GOLDEN / f'{case}{suffix}.npz') as file:
       golden |= dict(file)
   weights = {k.removeprefix('weights/'): v for k, v in golden.items() if k.startswith('weights/')}
-  model = family(json.loads(str(golden['config'])))
+  config = {'model_type': 'deepseek_v3', **json.loads(str(golden['config']))}
+  model = model_of(config)
   params, buffers = from_published(weights, model)
   return types.SimpleNamespace(
     golden=golden, weights=weights, model=model, params=params, buffers=buffers
@@ -267,8 +125,7 @@ def assert_near(got, want, name='', tolerance=2e-5):
 def test_every_weight_is_translated(case):
   loaded = load(case)
   back = to_published(loaded.params, loaded.model)
-  depth = loaded.model.depth
-  copies = {f'model.layers.{depth}.{n}.weight' for n in ('embed_tokens', 'shared_head.head')}
+  copies = set(names_of(loaded.model).copies)
   biases = {name for name in loaded.weights if name.endswith('e_score_correction_bias')}
   assert biases
   assert set(loaded.weights) == set(back) | copies | biases

@@ -155,7 +155,7 @@ class CSAttention(SharedAttention):
     """Mixes the window and chosen entries.
 
     Every query has its window among its keys, as it has the entries: so one softmax and one kernel
-    serve both. On a CPU, products of blocks for the windows took longer, 1.6 times in all.
+    serve both.
 
     Args:
       query: [B, T, H, C].

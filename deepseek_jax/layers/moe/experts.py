@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.weights import Met, weight
-from deepseek_jax.ops.experts import ExpertWeights
+from deepseek_jax.ops.expert_rows import MATRICES, ExpertWeights
 
 INWARD = ('expert', 'expert_embed', 'expert_mlp')
 OUTWARD = ('expert', 'expert_mlp', 'expert_embed')
@@ -35,7 +35,7 @@ class Separate:
 
   def met(self, experts: int, top_k: int) -> dict[str, Met]:
     """Returns what a token does with each array that `matrices` declares, by name."""
-    return dict.fromkeys(('gate', 'up', 'down'), Met(top_k / experts))
+    return dict.fromkeys(MATRICES, Met(top_k / experts))
 
   def making_flops(self, experts: int, width: int, hidden: int) -> float:
     """Returns FLOPs of making the matrices, once a forward pass: none."""
@@ -107,7 +107,7 @@ class SharedFactor:
     experts; the thin matrices are multiplied with each other and with no token.
     """
     found = {}
-    for name in ('gate', 'up', 'down'):
+    for name in MATRICES:
       found[f'{name}_shared'] = Met(1.0, products=top_k)
       found[f'{name}_in'] = found[f'{name}_out'] = Met(top_k / experts, products=0.0)
     return found

@@ -16,7 +16,7 @@ from deepseek_jax.layers.attention.shards import (
 )
 from deepseek_jax.layers.context import packed_context
 from deepseek_jax.ops.attention.blocks import Extras
-from deepseek_jax.ops.attention.gathered import KeySets, attend_blocks, attend_selected
+from deepseek_jax.ops.attention.gathered import KeySets, Selected, attend_blocks, attend_selected
 from deepseek_jax.ops.attention.reference import Seen, attend_seen
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
 from deepseek_jax.sharding.presets import FSDP, TENSOR
@@ -32,6 +32,19 @@ def draw(batch, length, groups, seed=0):
   return [jnp.asarray(rng.standard_normal((batch, length, *s)), jnp.float32) for s in shapes]
 
 
+def on_a_mesh(attend, grad, *arrays):
+  """Value and gradients of `attend` on eight devices, each for its own rows and heads."""
+  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+
+    @jax.jit
+    def both(*arrays):
+      out, pull = jax.vjp(attend, *arrays)
+      return out, pull(grad)
+
+    assert 'manual_computation' in both.lower(*arrays).as_text()
+    return both(*arrays)
+
+
 @pytest.mark.parametrize('window', [None, (8, 2)])
 @pytest.mark.parametrize(
   ('rows', 'groups'),
@@ -43,17 +56,8 @@ def test_values_and_gradients(rows, groups, window):
   seen = packed_context(LENGTHS[:rows], 37).own()
   facts = {'seen': seen, 'scale': 0.3, 'window': window}
   want, pull = jax.vjp(functools.partial(attend_seen, **facts), query, key, value)
-  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
-    attend = functools.partial(attend_sharded, **facts, rules=TENSOR, in_order=True)
-
-    @jax.jit
-    def both(*arrays):
-      out, pull = jax.vjp(attend, *arrays)
-      return out, pull(grad)
-
-    text = both.lower(query, key, value).as_text()
-    out, grads = both(query, key, value)
-  assert 'manual_computation' in text
+  attend = functools.partial(attend_sharded, **facts, rules=TENSOR, in_order=True)
+  out, grads = on_a_mesh(attend, grad, query, key, value)
   for a, b in zip((out, *grads), (want, *pull(grad)), strict=True):
     real = np.asarray(seen.query_segments > 0)[..., None, None]
     np.testing.assert_allclose(a * real, b * real, atol=1e-5)
@@ -138,23 +142,14 @@ def test_chosen_keys(form, rows):
   sinks = jnp.asarray(rng.standard_normal(H), jnp.float32)
   arrays = (query, key, value, Extras(bias, sinks))
   want, pull = jax.vjp(plain, *arrays)
-  zero = jax.tree.map(jnp.zeros_like, want)
-  want_grads = pull(zero._replace(out=grad))
-  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
+  grad = Selected(grad, jnp.zeros_like(want.mass))
 
-    def spread(query, key, value, extras):
-      value, sets = V if value is None else value, KeySets(indices, block, seen)
-      return attend_chosen_sharded(query, key, value, sets, TENSOR, extras=extras, **options)
+  def spread(query, key, value, extras):
+    value, sets = V if value is None else value, KeySets(indices, block, seen)
+    return attend_chosen_sharded(query, key, value, sets, TENSOR, extras=extras, **options)
 
-    @jax.jit
-    def both(*arrays):
-      out, pull = jax.vjp(spread, *arrays)
-      return out, pull(zero._replace(out=grad))
-
-    text = both.lower(*arrays).as_text()
-    out, grads = both(*arrays)
-  assert 'manual_computation' in text
-  found, wanted = jax.tree.leaves((out, grads)), jax.tree.leaves((want, want_grads))
+  found = jax.tree.leaves(on_a_mesh(spread, grad, *arrays))
+  wanted = jax.tree.leaves((want, pull(grad)))
   for a, b in zip(found, wanted, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -176,17 +171,8 @@ def test_groups_that_choose_for_themselves(rows, groups):
     return jnp.einsum('btgjs,bsgv->btgjv', weights, value).reshape(rows, 37, H, V)
 
   want, pull = jax.vjp(plain, query, key, value)
-  with jax.set_mesh(make_mesh(MeshConfig(data=2, model=4))):
-
-    @jax.jit
-    def both(*arrays):
-      attend = functools.partial(attend_groups_sharded, indices=indices, rules=TENSOR, scale=0.3)
-      out, pull = jax.vjp(attend, *arrays)
-      return out, pull(grad)
-
-    text = both.lower(query, key, value).as_text()
-    out, grads = both(query, key, value)
-  assert 'manual_computation' in text
+  attend = functools.partial(attend_groups_sharded, indices=indices, rules=TENSOR, scale=0.3)
+  out, grads = on_a_mesh(attend, grad, query, key, value)
   for a, b in zip((out, *grads), (want, *pull(grad)), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
 

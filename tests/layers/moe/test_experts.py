@@ -15,6 +15,7 @@ from deepseek_jax.layers.moe.experts import Separate, SharedFactor
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.cost import active_parameters, forward_flops, making_flops
 from deepseek_jax.models.decoder import canonical, init_variables, plan_segments
+from deepseek_jax.ops.expert_rows import MATRICES
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT, TENSOR
 from deepseek_jax.train.step import build_program
@@ -130,7 +131,7 @@ def test_the_layer_with_shared_factors_is_the_layer_with_their_sums():
   own = {k: v for k, v in variables['params'].items() if k not in ('router', 'shared')}
   made = Matrices(form, sizes).apply({'params': own}, jnp.float32)
   rest = {k: variables['params'][k] for k in ('router', 'shared')}
-  summed = {**variables, 'params': {**rest, **dict(zip(('gate', 'up', 'down'), made, strict=True))}}
+  summed = {**variables, 'params': {**rest, **dict(zip(MATRICES, made, strict=True))}}
 
   def both(layer, variables):
     def run(x):

@@ -148,13 +148,12 @@ def run(
   layout, count = token_layout(context, spread), mesh.shape[AXIS] if spread else 1
   specs = [rules.spec(axes) for axes in (INWARD, INWARD, OUTWARD)]
 
-  held = matrices
   kept = {*spread, *(axis for axis in rules.expert_mlp if axis in layout.parts)}
   gather = functools.partial(_gather, specs=specs, kept=kept)
 
-  def shard(x, experts, weights, real, *matrices):
+  def shard(x, experts, weights, real, *own):
     part = Part(*(a.reshape(-1, *a.shape[2:]) for a in (x, experts, weights, real)))
-    experts = Experts(held.of(*matrices), gather, count)
+    experts = Experts(matrices.of(*own), gather, count)
     if body is not None and count > 1 and AXIS in layout.tokens:
       y, facts = body(part, experts)
     else:
