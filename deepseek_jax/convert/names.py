@@ -246,6 +246,12 @@ RENAMED = (
 """From the hub's names of V4 to those of transformers, one after the other."""
 
 
+def spellings(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+  """Yields the entries under every set of names that files are known to have, the hub's first."""
+  yield list(entries)
+  yield as_in_transformers(entries)
+
+
 def as_in_transformers(entries: Sequence[Entry]) -> list[Entry]:
   """Returns the entries of a V4 under the names that transformers gives them."""
   return [entry._replace(theirs=tuple(map(_rename, entry.theirs))) for entry in entries]

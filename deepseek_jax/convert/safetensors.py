@@ -73,7 +73,9 @@ def open_file(path: pathlib.Path) -> dict[str, Lazy]:
 
 
 def open_folder(folder: pathlib.Path) -> dict[str, Lazy]:
-  """Returns the tensors of all files of a folder, by name.
+  """Returns the tensors of a folder by name: of the files of its index, or of `model.safetensors`.
+
+  Where there is neither, all `*.safetensors` are taken.
 
   Raises:
     ConfigError: there is none, a file that the index names is missing or has not what it says, or
@@ -82,7 +84,8 @@ def open_folder(folder: pathlib.Path) -> dict[str, Lazy]:
   index = folder / INDEX
   if index.is_file():
     return _indexed(folder, index)
-  files = sorted(folder.glob('*.safetensors'))
+  whole = folder / 'model.safetensors'
+  files = [whole] if whole.is_file() else sorted(folder.glob('*.safetensors'))
   if not files:
     raise ConfigError(f'{folder}: holds no *.safetensors')
   found: dict[str, Lazy] = {}
@@ -95,7 +98,10 @@ def open_folder(folder: pathlib.Path) -> dict[str, Lazy]:
 
 
 def write_folder(
-  folder: pathlib.Path, tensors: Mapping[str, Lazy], largest: int = 5_000_000_000
+  folder: pathlib.Path,
+  tensors: Mapping[str, Lazy],
+  largest: int = 5_000_000_000,
+  keep: bool = False,
 ) -> Iterator[str]:
   """Writes tensors to one file, or to several with an index; yields each name as it is written.
 
@@ -105,6 +111,7 @@ def write_folder(
     folder: where; made if needed.
     tensors: by name, in the order of the files.
     largest: bytes of a file, unless one tensor has more.
+    keep: files that are there and would have the same header are left as they are.
   """
   folder.mkdir(parents=True, exist_ok=True)
   groups: list[dict[str, Lazy]] = [{}]
@@ -119,7 +126,7 @@ def write_folder(
   weight_map: dict[str, str] = {}
   for number, group in enumerate(groups, start=1):
     file = 'model.safetensors' if single else f'model-{number:05}-of-{len(groups):05}.safetensors'
-    yield from write_file(folder / file, group)
+    yield from write_file(folder / file, group, keep)
     weight_map |= dict.fromkeys(group, file)
   if not single:
     total = sum(tensor.bytes for tensor in tensors.values())
@@ -128,8 +135,16 @@ def write_folder(
       out.write(text.encode('utf-8'))
 
 
-def write_file(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> Iterator[str]:
-  """Writes tensors to a file, a piece at a time; yields each name as it is written."""
+def write_file(
+  path: pathlib.Path, tensors: Mapping[str, Lazy], keep: bool = False
+) -> Iterator[str]:
+  """Writes tensors to a file, a piece at a time; yields each name as it is written.
+
+  Args:
+    path: of the file; it has its name when it is whole.
+    tensors: by name.
+    keep: a file that is there and would have the same header is left as it is.
+  """
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end = 0
   for name, tensor in tensors.items():
@@ -139,8 +154,14 @@ def write_file(path: pathlib.Path, tensors: Mapping[str, Lazy]) -> Iterator[str]
   text = json.dumps(header, separators=(',', ':')).encode('utf-8')
   # Tensors begin at a multiple of eight bytes, as the format's own writer has it.
   text += b' ' * (-len(text) % 8)
+  text = len(text).to_bytes(8, 'little') + text
+  if keep and path.is_file() and path.stat().st_size == len(text) + end:
+    with path.open('rb') as there:
+      if there.read(len(text)) == text:
+        yield from tensors
+        return
   with _replacing(path) as file:
-    file.write(len(text).to_bytes(8, 'little') + text)
+    file.write(text)
     for name, tensor in tensors.items():
       for piece in _pieces(tensor):
         file.write(piece.tobytes())

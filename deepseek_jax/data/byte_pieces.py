@@ -85,6 +85,22 @@ def _alphabet() -> dict[str, int]:
   return table | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def byte_vocabulary(specials: Sequence[str]) -> str:
+  """Returns a tokenizer.json without merges: special ids first, then one a byte.
+
+  Args:
+    specials: texts of the special tokens, by id.
+  """
+  bytes_of = {character: len(specials) + byte for character, byte in _alphabet().items()}
+  vocabulary = {text: index for index, text in enumerate(specials)} | bytes_of
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+  level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  tokenizer.pre_tokenizer = level
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.add_special_tokens(list(specials))
+  return tokenizer.to_str(pretty=True)
+
+
 def _is_byte_level(decoder: dict[str, Any] | None) -> bool:
   """Whether the decoder of a tokenizer.json maps characters to bytes."""
   if decoder is None:

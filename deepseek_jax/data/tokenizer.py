@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.byte_pieces import ByteStream, PieceStream, piece_bytes
+from deepseek_jax.data.byte_pieces import ByteStream, PieceStream, byte_vocabulary, piece_bytes
 
 CORPUS_FOLDER = pathlib.Path(__file__).parent / 'corpus'
 BPE_FILE = CORPUS_FOLDER / 'bpe_8192.json'
@@ -62,6 +62,10 @@ class Tokenizer(abc.ABC):
   def stream(self) -> ByteStream | PieceStream:
     """A decoder that takes one id at a time and never emits half a character."""
 
+  def files(self) -> dict[str, str]:
+    """The contents of `tokenizer.json` and its settings by name; none if it has no such form."""
+    return {}
+
 
 class ByteTokenizer(Tokenizer):
   """One id a UTF-8 byte: byte b is id 3 + b."""
@@ -81,6 +85,10 @@ class ByteTokenizer(Tokenizer):
   def stream(self) -> ByteStream:
     """A decoder that takes one id at a time."""
     return ByteStream(self._pieces)
+
+  def files(self) -> dict[str, str]:
+    """The same ids as a byte-level vocabulary without merges."""
+    return _files(byte_vocabulary(BPE_SPECIALS), *BPE_SPECIALS)
 
 
 class PieceTokenizer(Tokenizer):
@@ -115,6 +123,11 @@ class PieceTokenizer(Tokenizer):
     names = f'{self.bos} {self.eos} {self.pad} '
     self.fingerprint = hashlib.sha256((names + serialised).encode('utf-8')).hexdigest()
     self._pieces = piece_bytes(self._tokenizer, json.loads(serialised), self.specials)
+    self._files = _files(serialised, bos, eos, pad)
+
+  def files(self) -> dict[str, str]:
+    """The file it was read from, and a `tokenizer_config.json` with its special tokens."""
+    return dict(self._files)
 
   def _id(self, field: str, token: str, added: dict[int, tokenizers.AddedToken]) -> int:
     """The id of a special token."""
@@ -141,6 +154,18 @@ class PieceTokenizer(Tokenizer):
     if self._pieces is None:
       return PieceStream(self._tokenizer, self.specials)
     return ByteStream(self._pieces)
+
+
+def _files(serialised: str, bos: str, eos: str, pad: str | None) -> dict[str, str]:
+  settings = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'bos_token': bos,
+    'eos_token': eos,
+    'pad_token': eos if pad is None else pad,
+    'clean_up_tokenization_spaces': False,
+  }
+  text = json.dumps(settings, indent=2, ensure_ascii=False) + '\n'
+  return {'tokenizer.json': serialised, 'tokenizer_config.json': text}
 
 
 def _all_special(serialised: str) -> str:

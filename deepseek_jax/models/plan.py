@@ -176,6 +176,34 @@ def stack(layers: dict[str, Any], segments: Sequence[Segment]) -> dict[str, Any]
   return tree
 
 
+def locate(address: str, segments: Sequence[Segment]) -> tuple[str, int | None]:
+  """Returns where an array of a canonical address lies in variables that are grouped for scans.
+
+  Args:
+    address: such as 'params/layers/3/attention/output'.
+    segments: the scans.
+
+  Returns:
+    The address there, and the place of the layer along the first axis of that array: None where
+    the array is its own.
+
+  Raises:
+    ConfigError: there is no such layer.
+  """
+  collection, part, *rest = address.split('/')
+  if part != 'layers':
+    return address, None
+  layer = int(rest[0])
+  start = 0
+  for number, scan in enumerate(segments):
+    if layer < start + scan.layers:
+      repeat, place = divmod(layer - start, len(scan.pattern))
+      home = [collection, 'stack', f'segment_{number}', f'block_{place}', *rest[1:]]
+      return '/'.join(home), None if scan.repeats == 1 else repeat
+    start += scan.layers
+  raise ConfigError(f'{address}: there are {start} layers')
+
+
 def _map(function, tree):
   if isinstance(tree, dict):
     return {key: _map(function, value) for key, value in tree.items()}

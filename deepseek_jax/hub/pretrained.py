@@ -1,4 +1,4 @@
-"""Trained models: weights in, logits and text out, one part changed, a few steps further."""
+"""A model with its weights: logits and text out, one part changed, a few steps further."""
 
 import dataclasses
 import functools
@@ -11,68 +11,32 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from deepseek_jax.convert.export import parts_of, plan_files, write
+from deepseek_jax.convert.load import Manifest
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.override import override
-from deepseek_jax.core.serialise import from_json
+from deepseek_jax.core.serialise import to_json
 from deepseek_jax.core.tree import flatten, unflatten
-from deepseek_jax.data.tokenizer import Tokenizer
+from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile
 from deepseek_jax.infer.decode import Variables
 from deepseek_jax.infer.generate import TextGenerator, score
 from deepseek_jax.infer.sample import Greedy, Sampler
 from deepseek_jax.models.decoder import (
   Decoder,
+  Family,
   canonical,
   grouped,
   init_variables,
   plan_segments,
 )
-from deepseek_jax.train.checkpoint_reader import (
-  Weights,
-  read_params,
-  require_equal_trees,
-  saved_steps,
-  whole_step,
-)
+from deepseek_jax.models.deepseek_v3 import DeepSeekV3
+from deepseek_jax.models.deepseek_v4 import DeepSeekV4
+from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import build_program
 
 CACHE_DIR = pathlib.Path('~/.cache/deepseek_jax')
 """Where tokens and pack plans of training data are kept unless told otherwise."""
-
-
-def from_pretrained(
-  path: str | pathlib.Path, step: int | None = None, weights: Weights | None = None
-) -> 'Pretrained':
-  """Loads a trained model.
-
-  Args:
-    path: a run's workdir, or its folder of checkpoints.
-    step: which checkpoint; None is the newest that is whole.
-    weights: 'averaged' or 'raw'; None is the averaged ones where the run keeps any.
-
-  Raises:
-    ConfigError: there is no such checkpoint, it is damaged or cannot be read, or its weights do
-      not fit the model that its config describes.
-  """
-  folder = pathlib.Path(path).expanduser().absolute()
-  if (folder / 'checkpoints').is_dir():
-    folder /= 'checkpoints'
-  elif not saved_steps(folder):
-    raise ConfigError(
-      f"{folder}: holds no checkpoint; expected a run's workdir or its folder of checkpoints"
-    )
-  step = whole_step(folder, step)
-  params, buffers, config = read_params(folder / str(step), weights)
-  experiment = from_json(config)
-  if not isinstance(experiment, Experiment):
-    raise ConfigError(
-      f'{folder / str(step)}: its config is no Experiment but {type(experiment).__name__}'
-    )
-  variables = {'params': params, 'buffers': buffers}
-  require_equal_trees(folder / str(step), variables, _shapes(_decoder(experiment)))
-  return Pretrained(
-    experiment=experiment, variables=jax.tree.map(jnp.asarray, variables), step=step
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,21 +45,23 @@ class Pretrained:
 
   Attributes:
     experiment: the run that it comes from, as changed since.
-    variables: `params` and `buffers`, nested dicts of float32 arrays, as `decoder` takes them.
+    variables: `params` and `buffers`, nested dicts of arrays, as `decoder` takes them.
     step: training steps so far.
     fresh: addresses of weights that no training step has seen, such as
       `params/layers/0/attention/gate`.
+    manifest: of a published folder, what was done with each of its tensors.
   """
 
   experiment: Experiment
   variables: Variables
   step: int = 0
   fresh: tuple[str, ...] = ()
+  manifest: Manifest | None = None
 
   @functools.cached_property
   def decoder(self) -> Decoder:
     """The module: `decoder.apply(variables, context)`."""
-    return _decoder(self.experiment)
+    return decoder_of(self.experiment)
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -107,14 +73,24 @@ class Pretrained:
     """Continues many texts at once, or as a stream."""
     return TextGenerator(decoder=self.decoder, variables=self.variables, tokenizer=self.tokenizer)
 
-  def logits(self, prompt: str | Sequence[int] | np.ndarray) -> jax.Array:
-    """Returns the float32 logits [T, V] of the token after each token.
+  @property
+  def model(self) -> Family:
+    """The config of the model."""
+    return self.experiment.model
+
+  def logits(self, prompt: str | Sequence[int] | np.ndarray | jax.Array) -> jax.Array:
+    """Returns the float32 logits of the token after each token: [T, V], or [B, T, V] of rows.
 
     Args:
-      prompt: token ids [T]; or a text, which becomes bos and its tokens.
+      prompt: token ids [T], or rows of them [B, T]; or a text, which becomes bos and its tokens.
     """
-    ids = self.generator.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    return score(self.decoder, self.variables, [ids])[0]
+    if isinstance(prompt, str):
+      return score(self.decoder, self.variables, [self.generator.encode(prompt)])[0]
+    ids = np.asarray(prompt)
+    if ids.ndim not in (1, 2):
+      raise ConfigError(f'logits: found ids of shape {list(ids.shape)}, expected [T] or [B, T]')
+    rows = score(self.decoder, self.variables, np.atleast_2d(ids).tolist())
+    return rows[0] if ids.ndim == 1 else jnp.stack(rows)
 
   def generate(
     self,
@@ -164,7 +140,7 @@ class Pretrained:
     """
     named = {f'model.{name}': value for name, value in changes.items()}
     experiment, _ = override(self.experiment, named)
-    decoder = _decoder(experiment)
+    decoder = decoder_of(experiment)
     variables, fresh = transplant(
       _canonical(self.variables, self.decoder), decoder, experiment.seed
     )
@@ -174,6 +150,60 @@ class Pretrained:
       variables=variables,
       fresh=tuple(dict.fromkeys((*still, *fresh))),
     )
+
+  def save(self, path: str | pathlib.Path) -> pathlib.Path:
+    """Writes a checkpoint that `from_pretrained` reads, and that a run may begin with.
+
+    Args:
+      path: a folder, made if needed.
+
+    Returns:
+      The folder of the checkpoint.
+
+    Raises:
+      ConfigError: there is a checkpoint of this step already.
+      DiskFullError: there is no room for it.
+    """
+    folder = pathlib.Path(path).expanduser().absolute() / 'checkpoints'
+    with Checkpoints(folder) as checkpoints:
+      state = {'params': self.variables['params'], 'buffers': self.variables['buffers']}
+      checkpoints.save(self.step, state, {'step': self.step}, to_json(self.experiment))
+    return folder / str(self.step)
+
+  def export(
+    self, path: str | pathlib.Path, dtype: str | None = None, largest: int = 5_000_000_000
+  ) -> Iterator[str]:
+    """Writes a folder in the layout of Hugging Face; yields the name of each tensor as it goes.
+
+    Weights of multi-token prediction go to a file of their own, which only `from_pretrained` reads:
+    other programs would take them for a mistake. What an attempt that was broken off has written is
+    kept, and gone on with.
+
+    Args:
+      path: a new folder, or that of an earlier attempt.
+      dtype: 'float32' or 'bfloat16', of the matrices; None is that in which they are here.
+      largest: bytes of one file of tensors.
+
+    Raises:
+      ConfigError: no published model has such parts, or the folder holds something else.
+    """
+    segments = plan_segments(self.decoder.config, self.decoder.remat)
+    model = self.experiment.model
+    if not isinstance(model, DeepSeekV3 | DeepSeekV4):
+      raise ConfigError(f'export: no published model is like {type(model).__name__}')
+    parts = parts_of(self.variables, sorted(_addresses(self.decoder)), segments)
+    kind = self.experiment.data.tokenizer
+    # A published folder may have come without one.
+    absent = isinstance(kind, TokenizerFile) and not pathlib.Path(kind.path).is_file()
+    files = plan_files(
+      model,
+      parts,
+      dtype or parts['params/embedding/weight'].dtype.name,
+      self.experiment.data.length,
+      None if absent else self.tokenizer,
+    )
+    source = {'name': self.experiment.name, 'step': self.step, 'fresh': list(self.fresh)}
+    return write(pathlib.Path(path).expanduser().absolute(), files, source, largest)
 
   def train(
     self, steps: int = 10, cache_dir: str | pathlib.Path = CACHE_DIR
@@ -199,7 +229,7 @@ class Pretrained:
     data = self.experiment.data.prepare(pathlib.Path(cache_dir).expanduser())
     state = program.init(jax.random.key(self.experiment.seed))
     # Copies: the step gives the memory of its state away, and this model must stay whole.
-    place = functools.partial(jax.tree.map, lambda x, like: _copy_to(like.sharding, x))
+    place = functools.partial(jax.tree.map, lambda x, like: _copy_to(like, x))
     state = dataclasses.replace(
       state,
       step=place(jnp.int32(self.step), state.step),
@@ -234,7 +264,7 @@ def transplant(layers: Variables, decoder: Decoder, seed: int) -> tuple[Variable
     Variables as the decoder takes them, and the addresses of those that are new.
   """
   old = flatten(layers)
-  wanted = flatten(_canonical(_shapes(decoder), decoder))
+  wanted = flatten(_canonical(shapes_of(decoder), decoder))
   fresh = tuple(
     address
     for address, leaf in wanted.items()
@@ -254,13 +284,14 @@ def transplant(layers: Variables, decoder: Decoder, seed: int) -> tuple[Variable
   return {name: grouped(tree.get(name, {}), segments) for name in ('params', 'buffers')}, fresh
 
 
-def _decoder(experiment: Experiment) -> Decoder:
+def decoder_of(experiment: Experiment) -> Decoder:
+  """Returns the module of a run."""
   dtype = jnp.dtype(experiment.precision.compute)
   return experiment.model.build(dtype=dtype, remat=experiment.remat)
 
 
-def _shapes(decoder: Decoder) -> Variables:
-  """Shapes and dtypes of a model's variables, as the decoder takes them."""
+def shapes_of(decoder: Decoder) -> Variables:
+  """Returns shapes and dtypes of a model's variables, as the decoder takes them."""
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   return nn.meta.unbox(boxed)
 
@@ -271,8 +302,9 @@ def _canonical(variables: Variables, decoder: Decoder) -> Variables:
 
 
 def _addresses(decoder: Decoder) -> frozenset[str]:
-  return frozenset(flatten(_canonical(_shapes(decoder), decoder)))
+  return frozenset(flatten(_canonical(shapes_of(decoder), decoder)))
 
 
-def _copy_to(sharding: jax.sharding.Sharding, x: jax.Array) -> jax.Array:
-  return jax.device_put(x, sharding, may_alias=False)
+def _copy_to(like: jax.Array, x: jax.Array) -> jax.Array:
+  # What is learnt is float32, whatever format the weights were loaded in.
+  return jax.device_put(x.astype(like.dtype), like.sharding, may_alias=False)
