@@ -15,7 +15,7 @@ Continues texts with a trained model.
 
   python scripts/generate.py --workdir=runs/first --prompt='It was a dark night, and'
 
-  --workdir=DIR           the folder of a run
+  --workdir=DIR           the folder of a run, or of a published model
   --step=N                a checkpoint other than the newest
   --weights=averaged|raw  which weights (default: the averaged ones where the run keeps any)
   --prompt=TEXT           text to continue; may be given several times; else standard input is read

@@ -14,7 +14,7 @@ from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
-from deepseek_jax.models.plan import Block, Segment, segment, stack, unroll, unstack
+from deepseek_jax.models.plan import Block, Segment, locate, segment, stack, unroll, unstack
 
 MOE = MoE(experts=8, top_k=2, hidden=16)
 A = Block(attention=Window(heads=2), feed_forward=MOE)
@@ -159,3 +159,21 @@ def test_a_scan_with_a_layer_missing():
   del layers['5']
   with pytest.raises(ConfigError, match=r'layers \[3, 5, 7\] share a scan, but only 2'):
     stack(layers, PLANS[0])
+
+
+@pytest.mark.parametrize('layers', [[D] * 2 + [B] * 3, [A, B] * 3 + [C], [A]])
+def test_locate(layers):
+  """Where an array is said to lie is where `stack` puts it."""
+  segments = segment(layers)
+  rows = {str(i): {'w': np.full((2, 3), i)} for i in range(len(layers))}
+  grouped = stack(rows, segments)
+  for i in range(len(layers)):
+    home, repeat = locate(f'params/layers/{i}/w', segments)
+    collection, top, scan, block, name = home.split('/')
+    assert (collection, top, name) == ('params', 'stack', 'w')
+    found = grouped[scan][block]['w']
+    assert np.all((found if repeat is None else found[repeat]) == i)
+    assert found.ndim == (2 if repeat is None else 3)
+  assert locate('params/head/weight', segments) == ('params/head/weight', None)
+  with pytest.raises(ConfigError, match=f'there are {len(layers)} layers'):
+    locate(f'params/layers/{len(layers)}/w', segments)
