@@ -53,7 +53,9 @@ setuptools.setup(
     'flatbuffers>=25.2',  # jax.export writes its programs with it and does not ask for it
     'flax>=0.12.12',
     'grain>=0.2.18',
+    'huggingface_hub>=1.0',
     'jax>=0.12',
+    'jinja2>=3.1',
     'matplotlib>=3.10',
     'numpy>=2.1',
     'optax>=0.2.8',

@@ -2,10 +2,14 @@
 
 import json
 import pathlib
+from typing import TYPE_CHECKING, cast
 
 from absl import flags
 
 from scripts import launch
+
+if TYPE_CHECKING:
+  from deepseek_jax.train.checkpoint_reader import Weights
 
 USAGE = """
 Turns one of our runs into a folder in the layout of Hugging Face, or the other way round.
@@ -43,15 +47,14 @@ def main() -> None:
   from deepseek_jax.data.progress import Progress, say
   from deepseek_jax.hub import from_pretrained
 
-  values = {'from': FROM.value, 'to': TO.value, 'out': OUT.value}
-  missing = [f'--{name} is missing' for name, value in values.items() if value is None]
+  missing = [f'--{flag.name} is missing' for flag in (FROM, TO, OUT) if flag.value is None]
   if missing:
     raise ConfigError(missing)
-  source, out = pathlib.Path(FROM.value).expanduser(), pathlib.Path(OUT.value).expanduser()
+  given, target, weights = str(FROM.value), str(OUT.value), cast('Weights | None', WEIGHTS.value)
+  source, out = pathlib.Path(given).expanduser(), pathlib.Path(target).expanduser()
   check_sums(source)
-  model = from_pretrained(
-    FROM.value, STEP.value, WEIGHTS.value, dtype=DTYPE.value if TO.value == 'checkpoint' else None
-  )
+  dtype = DTYPE.value if TO.value == 'checkpoint' else None
+  model = from_pretrained(given, STEP.value, weights, dtype=dtype)
   if TO.value == 'checkpoint':
     folder = model.save(out)
   else:

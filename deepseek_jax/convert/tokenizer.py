@@ -9,6 +9,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.tokenizer import TokenizerFile
 
 SETTINGS = 'tokenizer_config.json'
+TEMPLATE = 'chat_template.jinja'
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -54,3 +55,25 @@ def tokenizer_of(folder: pathlib.Path, config: Mapping[str, Any]) -> TokenizerFi
   return TokenizerFile(
     path=str(path), bos=tokens['bos'] or '', eos=tokens['eos'] or '', pad=tokens['pad']
   )
+
+
+def template_of(folder: pathlib.Path) -> str | None:
+  """Returns the chat template of a folder, or None where there is none.
+
+  Of several, the one that is called `default` is taken.
+
+  Args:
+    folder: with a file of its own for it, or with `tokenizer_config.json`.
+
+  Raises:
+    ConfigError: a file is damaged.
+  """
+  if (folder / TEMPLATE).is_file():
+    return (folder / TEMPLATE).read_text(encoding='utf-8')
+  if not (folder / SETTINGS).is_file():
+    return None
+  found = read_json(folder / SETTINGS).get('chat_template')
+  if isinstance(found, list):
+    named = {entry.get('name'): entry.get('template') for entry in found if isinstance(entry, dict)}
+    return named.get('default')
+  return found

@@ -66,6 +66,10 @@ class Tokenizer(abc.ABC):
     """The contents of `tokenizer.json` and its settings by name; none if it has no such form."""
     return {}
 
+  def marks(self) -> dict[str, int]:
+    """The ids of tokens that stand for no text, by what they are called; ordinary text has none."""
+    return {}
+
 
 class ByteTokenizer(Tokenizer):
   """One id a UTF-8 byte: byte b is id 3 + b."""
@@ -85,6 +89,10 @@ class ByteTokenizer(Tokenizer):
   def stream(self) -> ByteStream:
     """A decoder that takes one id at a time."""
     return ByteStream(self._pieces)
+
+  def marks(self) -> dict[str, int]:
+    """The three special ids."""
+    return {text: index for index, text in enumerate(BPE_SPECIALS)}
 
   def files(self) -> dict[str, str]:
     """The same ids as a byte-level vocabulary without merges."""
@@ -124,6 +132,11 @@ class PieceTokenizer(Tokenizer):
     self.fingerprint = hashlib.sha256((names + serialised).encode('utf-8')).hexdigest()
     self._pieces = piece_bytes(self._tokenizer, json.loads(serialised), self.specials)
     self._files = _files(serialised, bos, eos, pad)
+
+  def marks(self) -> dict[str, int]:
+    """The ids of its added tokens, but for those of blanks."""
+    added = self._tokenizer.get_added_tokens_decoder()
+    return {token.content: index for index, token in added.items() if token.content.strip()}
 
   def files(self) -> dict[str, str]:
     """The file it was read from, and a `tokenizer_config.json` with its special tokens."""

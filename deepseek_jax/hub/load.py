@@ -15,7 +15,7 @@ from jax.sharding import SingleDeviceSharding
 from deepseek_jax.convert.architecture import model_of
 from deepseek_jax.convert.load import addresses, load, prepare
 from deepseek_jax.convert.published import open_published
-from deepseek_jax.convert.tokenizer import read_json, tokenizer_of
+from deepseek_jax.convert.tokenizer import read_json, template_of, tokenizer_of
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import BFloat16, Float32, Precision
 from deepseek_jax.core.serialise import from_json
@@ -172,7 +172,12 @@ def _published(folder: pathlib.Path, changes: Mapping[str, Any]) -> Pretrained:
 
   variables = load(loading.parts, places, plan_segments(loading.model), tell)
   progress.finish(loading.manifest.bytes // 1_000_000)
-  return Pretrained(experiment=experiment, variables=variables, manifest=loading.manifest)
+  return Pretrained(
+    experiment=experiment,
+    variables=variables,
+    template=template_of(folder),
+    manifest=loading.manifest,
+  )
 
 
 def places_of(experiment: Experiment, dtype: str, on_mesh: bool) -> Variables:

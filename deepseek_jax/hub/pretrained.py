@@ -13,11 +13,14 @@ from flax import linen as nn
 
 from deepseek_jax.convert.export import parts_of, plan_files, write
 from deepseek_jax.convert.load import Manifest
+from deepseek_jax.convert.tokenizer import TEMPLATE
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.override import override
 from deepseek_jax.core.serialise import to_json
 from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile
+from deepseek_jax.infer.chat import Chat
+from deepseek_jax.infer.chat_template import ChatTemplate
 from deepseek_jax.infer.decode import Variables
 from deepseek_jax.infer.generate import TextGenerator, score
 from deepseek_jax.infer.sample import Greedy, Sampler
@@ -49,6 +52,7 @@ class Pretrained:
     step: training steps so far.
     fresh: addresses of weights that no training step has seen, such as
       `params/layers/0/attention/gate`.
+    template: how it was taught conversations, as Jinja, or None.
     manifest: of a published folder, what was done with each of its tensors.
   """
 
@@ -56,6 +60,7 @@ class Pretrained:
   variables: Variables
   step: int = 0
   fresh: tuple[str, ...] = ()
+  template: str | None = None
   manifest: Manifest | None = None
 
   @functools.cached_property
@@ -125,6 +130,30 @@ class Pretrained:
     )
     return (piece.text for piece in pieces if piece.text)
 
+  def chat(self, system: str | None = None, template: str | None = None) -> Chat:
+    """Returns a conversation that has not begun: `model.chat().ask('Who are you?').reply.answer`.
+
+    Args:
+      system: what the model is told before it.
+      template: Jinja, in the place of the model's own; see `infer.chat_template`.
+
+    Raises:
+      ConfigError: the model has no template, and none is given.
+    """
+    template = template or self.template
+    if template is None:
+      raise ConfigError(
+        'chat: the model has no chat template; give one, such as infer.chat_template.PLAIN'
+      )
+    names = {i: text for text, i in self.tokenizer.marks().items()}
+    bos, eos = (names.get(i, '') for i in (self.tokenizer.bos, self.tokenizer.eos))
+    said = () if system is None else ({'role': 'system', 'content': system},)
+    return Chat(
+      generator=self.generator,
+      template=ChatTemplate(source=template, bos=bos, eos=eos),
+      messages=said,
+    )
+
   def replace(self, **changes: Any) -> 'Pretrained':
     """Returns the model with parts changed, and the same weights wherever they still fit.
 
@@ -149,6 +178,7 @@ class Pretrained:
       experiment=experiment,
       variables=variables,
       fresh=tuple(dict.fromkeys((*still, *fresh))),
+      template=self.template,
     )
 
   def save(self, path: str | pathlib.Path) -> pathlib.Path:
@@ -202,6 +232,8 @@ class Pretrained:
       self.experiment.data.length,
       None if absent else self.tokenizer,
     )
+    if self.template is not None:
+      files.texts[TEMPLATE] = self.template
     source = {'name': self.experiment.name, 'step': self.step, 'fresh': list(self.fresh)}
     return write(pathlib.Path(path).expanduser().absolute(), files, source, largest)
 
@@ -248,6 +280,7 @@ class Pretrained:
       experiment=self.experiment,
       variables={'params': state.params, 'buffers': state.buffers},
       step=self.step + steps,
+      template=self.template,
     )
     return trained, [float(loss) for loss in losses]
 

@@ -219,6 +219,34 @@ class TextGenerator:
       pieces[piece.row].append(piece.text)
     return [''.join(row) for row in pieces]
 
+  def continue_ids(
+    self,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler = Greedy(),
+    seed: int = 0,
+  ) -> list[list[int]]:
+    """Continues token ids [T] up to the end of their documents, which is left out.
+
+    Arguments and errors are otherwise those of `complete`.
+    """
+    return generate(
+      self.decoder,
+      self.variables,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      sampler=self._within(sampler),
+      stop=frozenset({self.tokenizer.eos}),
+      seed=seed,
+    )
+
+  def _within(self, sampler: Sampler) -> Sampler:
+    if self.decoder.config.vocab <= self.tokenizer.vocab_size:
+      return sampler
+    # A vocabulary may be padded to a round size; the tokens beyond the last have no text.
+    return Within(vocab=self.tokenizer.vocab_size, sampler=sampler)
+
   def stream(
     self,
     texts: Sequence[str],
@@ -236,15 +264,12 @@ class TextGenerator:
       raise ConfigError(f'texts: found the text {texts!r:.60}, expected a list of texts')
     if isinstance(stop_texts, str) or not all(stop_texts):
       raise ConfigError(f'stop_texts: found {stop_texts!r}, expected texts that are not empty')
-    if self.decoder.config.vocab > self.tokenizer.vocab_size:
-      # A vocabulary may be padded to a round size; the tokens beyond the last have no text.
-      sampler = Within(vocab=self.tokenizer.vocab_size, sampler=sampler)
     tokens = stream(
       self.decoder,
       self.variables,
       [self.encode(text) for text in texts],
       max_new_tokens=max_new_tokens,
-      sampler=sampler,
+      sampler=self._within(sampler),
       stop=frozenset({self.tokenizer.eos}),
       seed=seed,
     )
