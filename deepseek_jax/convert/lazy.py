@@ -17,6 +17,8 @@ from deepseek_jax.formats import float4
 
 Index = tuple[slice, ...]
 """One slice for each axis, with a beginning, an end and no step."""
+STRIP = 16
+"""Columns of a transposed array that are copied together."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,6 +61,19 @@ class Lazy:
     return self[...]
 
 
+def fill(target: np.ndarray, source: np.ndarray) -> None:
+  """Copies an array into another of its shape; one that is transposed strip by strip.
+
+  NumPy goes along the rows of the target, and so through the source in steps that miss its cache:
+  twice as slow.
+  """
+  if source.ndim == 2 and source.strides[0] == source.itemsize < source.strides[1]:
+    for start in range(0, source.shape[1], STRIP):
+      target[:, start : start + STRIP] = source[:, start : start + STRIP]
+  else:
+    target[...] = source
+
+
 def stored(array: np.ndarray) -> Lazy:
   """Returns an array that is in memory, or mapped into it."""
   return Lazy(array.shape, array.dtype, lambda index: array[index])
@@ -87,7 +102,7 @@ def stacked(parts: Sequence[Lazy]) -> Lazy:
     sizes = (s.stop - s.start for s in rest)
     result = np.empty((len(chosen), *sizes), first.dtype)
     for place, part in enumerate(chosen):
-      result[place] = part.read(rest)
+      fill(result[place], part.read(rest))
     return result
 
   return Lazy((len(parts), *first.shape), first.dtype, read)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from deepseek_jax.convert.lazy import Lazy, cast, stacked
+from deepseek_jax.convert.lazy import Lazy, cast, fill, stacked
 from deepseek_jax.convert.names import Entry, Names, names_of, spellings
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten, unflatten
@@ -222,8 +222,10 @@ def _placed(part: Lazy, sharding: Sharding) -> jax.Array:
   def read(index: tuple[slice, ...] | None) -> np.ndarray:
     found = part[... if index is None else index]
     # What lies in a file that is mapped into memory would change with the file.
-    whole = found.flags.owndata and found.flags.c_contiguous
-    return found if whole else np.array(found, order='C')
+    if found.flags.owndata and found.flags.c_contiguous:
+      return found
+    fill(result := np.empty(found.shape, found.dtype), found)
+    return result
 
   return jax.make_array_from_callback(part.shape, sharding, read)
 

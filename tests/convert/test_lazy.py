@@ -107,3 +107,13 @@ def test_what_does_not_fit(make, message):
 def test_no_steps():
   with pytest.raises(IndexError, match='without a step'):
     STORED['a'][::2]
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (7, 37), (37, 45), (16, 1), (1, 64)])
+def test_fill(shape):
+  """As NumPy copies, whichever way the source lies."""
+  x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+  for source in (x, x.T, x[::-1], np.asfortranarray(x), x[:, :1].T):
+    target = np.full(source.shape, np.nan, np.float32)
+    fill(target, source)
+    np.testing.assert_array_equal(target, source)
