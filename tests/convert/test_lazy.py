@@ -115,5 +115,5 @@ def test_fill(shape):
   x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
   for source in (x, x.T, x[::-1], np.asfortranarray(x), x[:, :1].T):
     target = np.full(source.shape, np.nan, np.float32)
-    fill(target, source)
+    lazy.fill(target, source)
     np.testing.assert_array_equal(target, source)
