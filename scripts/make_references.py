@@ -21,8 +21,9 @@ exact in float8 (e4m3).
 Another implementation can only agree if no choice was close. Seeds are tried, from that of the case
 on, until in all that is run each choice of experts, groups and tokens is clear by `SMALLEST_MARGIN`
 of the largest score, and every greedy token by `SMALLEST_LEAD`; every weight has to have a gradient
-too. What is written was checked: eval and training give the same gradients, decoding with a cache
-the same tokens as without, and the folder loads with no key missing or left over to the same bits.
+too. What is written was checked: the fields of `matters` do change logits, eval and training give
+the same gradients, decoding with a cache the same tokens as without, and the folder loads with no
+key missing or left over to the same bits.
 
 Run, in an environment of its own (pip install torch==2.13.0 transformers==5.23.0):
   python scripts/make_references.py [--out=tests/parity/references] [--case=v3]
@@ -32,6 +33,7 @@ Source: transformers 5.23.0, torch 2.13.0 (CPU).
 import argparse
 import pathlib
 import tempfile
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +51,7 @@ NEW_TOKENS = 12
 SMALLEST_MARGIN = 1e-4
 SMALLEST_LEAD = 1e-3
 """In logits, which are of size 1. Two implementations agree to about 1e-6."""
+SMALLEST_CHANGE = 1e-2
 HIDDEN = -1e30
 """Scores below are of what may not be chosen."""
 
@@ -71,8 +74,7 @@ LATENT = {
   'rope_theta': 100.0,
   'max_position_embeddings': 2560,
 }
-# A short base and a short original length make all four frequencies matter within 45 tokens:
-# the ramp between kept and stretched frequencies is 0, 1/3, 2/3, 1.
+# All frequencies matter within 45 tokens: the ramp from kept to stretched is 0, 1/3, 2/3, 1.
 YARN = {
   'type': 'yarn',
   'factor': 40.0,
@@ -91,10 +93,11 @@ V3 = {
   'rope_scaling': V3_YARN,
 }
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
   'v2_lite': {
     'seed': 4,
     'class': 'DeepseekV2',
+    'matters': {'rope_scaling': None},
     'config': {
       **LATENT,
       'q_lora_rank': None,
@@ -110,6 +113,7 @@ CASES = {
   'v2': {
     'seed': 0,
     'class': 'DeepseekV2',
+    'matters': {'topk_group': 3, 'routed_scaling_factor': 1.0},
     'config': {
       **LATENT,
       'n_shared_experts': 2,
@@ -120,16 +124,23 @@ CASES = {
       'rope_scaling': V2_YARN,
     },
   },
-  'v3': {'seed': 3, 'class': 'DeepseekV3', 'config': V3},
+  'v3': {
+    'seed': 3,
+    'class': 'DeepseekV3',
+    'matters': {'topk_group': 3, 'rope_scaling': None},
+    'config': V3,
+  },
   'v3_2': {
     'seed': 4,
     'class': 'DeepseekV32',
+    'matters': {'index_topk': 9},
     # With few index heads every ReLU is 0 for some pairs, and ties are broken by anybody's order.
     'config': {**V3, 'index_n_heads': 16, 'index_head_dim': 12, 'index_topk': 8},
   },
   'v4': {
     'seed': 0,
     'class': 'DeepseekV4',
+    'matters': {'swiglu_limit': 0.4, 'index_topk': 4, 'sliding_window': 7, 'hc_sinkhorn_iters': 2},
     'config': {
       'vocab_size': 96,
       'hidden_size': 32,
@@ -202,9 +213,8 @@ class Choices(TorchFunctionMode):
 
 def build(case: dict) -> transformers.PreTrainedModel:
   """Returns the model of a case in float32, with what transformers begins with."""
-  config = getattr(transformers, f'{case["class"]}Config')(
-    **case['config'], attn_implementation='eager'
-  )
+  kind = getattr(transformers, f'{case["class"]}Config')
+  config = kind(**case['config'], attn_implementation='eager')
   model = getattr(transformers, f'{case["class"]}ForCausalLM')(config).float().eval()
   # The plain loop over experts: the fused paths reorder sums.
   model.config._experts_implementation = 'eager'
@@ -218,8 +228,8 @@ def fill(model: transformers.PreTrainedModel, rng: np.random.Generator) -> None:
     if name not in saved:
       continue
     if name.endswith('tid2eid'):
-      draw = rng.permuted(np.tile(np.arange(6), (len(value), 1)), axis=1)[:, : value.shape[1]]
-      value.copy_(torch.tensor(draw))
+      rows = np.tile(np.arange(model.config.n_routed_experts), (len(value), 1))
+      value.copy_(torch.tensor(rng.permuted(rows, axis=1)[:, : value.shape[1]]))
       continue
     draw = rng.standard_normal(tuple(value.shape))
     if name.endswith('e_score_correction_bias'):
@@ -318,6 +328,18 @@ def answer(model, rng: np.random.Generator) -> dict[str, np.ndarray]:
   return arrays | {f'gradients/{name}': slope for name, slope in saved.items()}
 
 
+def check_what_matters(case: dict, model, arrays: dict[str, np.ndarray]) -> None:
+  """Refuses a model that answers the same with other values of the fields it is there for."""
+  tokens = torch.tensor(arrays['tokens/45'].astype(np.int64))
+  for field, value in case['matters'].items():
+    other = build({**case, 'config': {**case['config'], field: value}})
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+      change = np.abs(other(tokens).logits.numpy() - arrays['logits/45']).max()
+    print(f'  with {field} {value}: logits change by {change:.3f}')
+    assert change > SMALLEST_CHANGE, field
+
+
 def write(folder: pathlib.Path, model, arrays: dict[str, np.ndarray]) -> None:
   """Writes a case, and reads it back."""
   model.save_pretrained(folder)
@@ -352,8 +374,8 @@ def make(name: str, out: pathlib.Path) -> None:
       print(f'  {name}: seed {seed}: {error}', flush=True)
     seed += 1
   model.generation_config.eos_token_id = ends
-  losses = [round(float(arrays[f'loss/{length}']), 4) for length in ROWS]
-  print(f'{name}: seed {seed}, losses {losses}, logits {arrays["logits/45"].std():.2f}')
+  print(f'{name}: seed {seed}, losses {[float(arrays[f"loss/{length}"]) for length in ROWS]}')
+  check_what_matters(case, model, arrays)
   write(out / name, model, arrays)
 
 

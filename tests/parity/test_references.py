@@ -30,7 +30,7 @@ from deepseek_jax.train.objective import batch_totals, training_loss
 REFERENCES = pathlib.Path(__file__).with_name('references')
 CASES = ('v2_lite', 'v2', 'v3', 'v3_2', 'v4')
 LENGTHS = (7, 37, 45)
-LOGITS, LOSS, GRADIENTS = 2e-5, 2e-6, 2e-5
+LOGITS, LOSS, GRADIENTS = 5e-5, 1e-5, 5e-5
 
 
 def variables_of(folder):
@@ -63,15 +63,19 @@ def load(case):
   )
 
 
-def fast(function):
-  """Compiled in a hurry: more time goes into compiling than into running."""
-  return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
+@pytest.fixture(scope='module', autouse=True)
+def _hurry():
+  """Programs that run once: more time goes into compiling than into running."""
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
 
 
 def logits_of(model, variables, tokens):
   """Returns our logits [B, T, V]."""
   decoder, context = model.build(), text_context(tokens)
-  read = fast(lambda variables: decoder.apply(variables, context, method='everything'))
+  read = jax.jit(lambda variables: decoder.apply(variables, context, method='everything'))
   return np.asarray(read(variables))
 
 
@@ -94,7 +98,7 @@ def learn(model, variables, tokens):
     )
     return scalars['loss']
 
-  return fast(jax.value_and_grad(loss))(variables['params'])
+  return jax.jit(jax.value_and_grad(loss))(variables['params'])
 
 
 @pytest.mark.parametrize('length', LENGTHS)
