@@ -110,11 +110,27 @@ def _latent_model(fields: Fields, router: Softmax | Sigmoid, indexer: Indexer | 
     vocab=fields.need('vocab_size'),
     attention=attention,
     dense=SwiGLU(hidden=fields.need('intermediate_size')),
-    dense_layers=fields.get('first_k_dense_replace', 0),
+    dense_layers=_dense_layers(fields),
     feed_forward=_experts(fields, router),
     mtp=MTP(depth=depth) if depth else None,
     norm=norm,
   )
+
+
+def _dense_layers(fields: Fields) -> int:
+  """Returns how many layers come before those with experts.
+
+  Transformers goes by `mlp_layer_types` where it has them (V3.2), whatever the number says.
+  """
+  kinds = fields.get('mlp_layer_types')
+  if kinds is None:
+    return fields.get('first_k_dense_replace', 0)
+  count, depth = kinds.count('dense'), fields.need('num_hidden_layers')
+  if kinds != ['dense'] * count + ['sparse'] * (depth - count):
+    fields.errors.append(
+      f'`mlp_layer_types` {kinds}: expected {depth}, `dense` first, then `sparse`'
+    )
+  return count
 
 
 def _experts(fields: Fields, router: Any, limit: float | None = None) -> MoE:
@@ -145,6 +161,7 @@ def _sigmoid(fields: Fields) -> Sigmoid:
   fields.only('topk_method', 'noaux_tc')
   fields.only('norm_topk_prob', True)
   fields.only('scoring_func', 'sigmoid')
+  fields.only('rope_interleave', True)
   return Sigmoid(
     groups=fields.get('n_group', 1),
     kept_groups=fields.get('topk_group', 1),

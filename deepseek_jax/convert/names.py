@@ -261,3 +261,27 @@ def _rename(name: str) -> str:
   for pattern, new in RENAMED:
     name = re.sub(pattern, new, name)
   return name
+
+
+SAVED = (
+  (r'^(layers|norm)\.', r'model.\1.'),
+  (r'^embed\.', 'model.embed_tokens.'),
+  (r'^hc_head_', 'model.hc_head.hc_'),
+  (r'\.attn\.kv_norm\.', '.attn.norm.'),
+)
+"""From the hub's names of V4 to those in files that transformers 5 writes: it turns most of its own
+names back when it saves, and a few of them not, or not into the same."""
+
+
+def as_transformers_saves(entries: Sequence[Entry]) -> list[Entry]:
+  """Returns the entries under the names that `save_pretrained` gives them.
+
+  Those of V4 lie between the hub's and `as_in_transformers`; all others are the hub's.
+  """
+  saved = []
+  for entry in entries:
+    theirs = entry.theirs
+    for pattern, new in SAVED:
+      theirs = tuple(re.sub(pattern, new, name) for name in theirs)
+    saved.append(entry._replace(theirs=theirs))
+  return saved

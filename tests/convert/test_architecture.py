@@ -206,6 +206,13 @@ def test_as_transformers_writes_it():
   assert model_of({**given, **written}) == model_of(V4_FLASH)
 
 
+def test_kinds_of_layers_go_before_their_number():
+  """As in transformers: the number may be what it begins with, where kinds were given."""
+  kinds = ['dense'] + ['sparse'] * 60
+  assert model_of({**V3_2, 'mlp_layer_types': kinds}).dense_layers == 1
+  assert model_of({**V3_2, 'mlp_layer_types': None}).dense_layers == 3
+
+
 def test_without_prediction_of_more_tokens():
   assert model_of({**V3, 'num_nextn_predict_layers': 0}).mtp is None
   assert model_of({**V4_FLASH, 'num_nextn_predict_layers': None}).mtp is None
@@ -227,6 +234,9 @@ def test_without_prediction_of_more_tokens():
     ({**V2, 'norm_topk_prob': True}, ['`norm_topk_prob` is True; expected False']),
     ({**V3, 'scoring_func': 'softmax'}, ["`scoring_func` is 'softmax'; expected 'sigmoid'"]),
     ({**V3, 'num_experts_per_tok': 300}, ['`top_k` is 300, more than the 256 `experts`']),
+    ({**V3, 'rope_interleave': False}, ['`rope_interleave` is False; expected True']),
+    ({**V3_2, 'mlp_layer_types': ['sparse'] * 60 + ['dense']}, ['`dense` first, then `sparse`']),
+    ({**V3_2, 'mlp_layer_types': ['sparse'] * 3}, ['expected 61, `dense` first']),
     (
       {**V3, 'rope_scaling': {'type': 'linear', 'factor': 2}},
       ["of type 'linear'; expected default or yarn"],

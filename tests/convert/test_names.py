@@ -9,7 +9,7 @@ import pytest
 
 from configs import quickstart, tiny_dsa, tiny_gated, tiny_mla, tiny_v4, v2_lite
 from deepseek_jax.convert.lazy import stored
-from deepseek_jax.convert.names import as_in_transformers, names_of
+from deepseek_jax.convert.names import as_in_transformers, as_transformers_saves, names_of
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.load import load_config
 from deepseek_jax.core.override import override
@@ -123,6 +123,27 @@ def test_transformers_names_of_v4():
     'model.layers.2.self_attn.compressor.indexer.scorer.weights_proj.weight',
   ):
     assert name in names, name
+
+
+def test_names_that_transformers_saves():
+  """Of V4 a mixture of its own and the hub's; all others are the hub's. See parity/references."""
+  hub = [t for e in names_of(tiny_v4.get_config().model).entries for t in e.theirs]
+  saved = as_transformers_saves(names_of(tiny_v4.get_config().model).entries)
+  names = dict(zip(hub, (t for e in saved for t in e.theirs), strict=True))
+  assert len(set(names.values())) == len(names)
+  for theirs, want in (
+    ('embed.weight', 'model.embed_tokens.weight'),
+    ('head.weight', 'head.weight'),
+    ('norm.weight', 'model.norm.weight'),
+    ('hc_head_fn', 'model.hc_head.hc_fn'),
+    ('layers.0.hc_attn_base', 'model.layers.0.hc_attn_base'),
+    ('layers.0.attn.kv_norm.weight', 'model.layers.0.attn.norm.weight'),
+    ('layers.0.attn_norm.weight', 'model.layers.0.attn_norm.weight'),
+    ('layers.2.attn.compressor.norm.weight', 'model.layers.2.attn.compressor.norm.weight'),
+  ):
+    assert names[theirs] == want
+  entries = names_of(tiny_mla.get_config().model).entries
+  assert as_transformers_saves(entries) == entries
 
 
 @pytest.mark.parametrize(
