@@ -249,6 +249,7 @@ RENAMED = (
 def spellings(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
   """Yields the entries under every set of names that files are known to have, the hub's first."""
   yield list(entries)
+  yield as_transformers_saves(entries)
   yield as_in_transformers(entries)
 
 
