@@ -17,6 +17,7 @@ from deepseek_jax.layers.attention.indexer import Indexer
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.mha import MHA
 from deepseek_jax.layers.attention.nsa import NSA
+from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA, Shared
@@ -99,6 +100,7 @@ def variants() -> Sweep:
     'dsa': DSA(**LATENT, indexer=indexer, top_k=TOP_K),
     'dsa_shared': DSA(**LATENT, indexer=indexer, top_k=TOP_K, sharing=Shared(**near)),
     'nsa': NSA(heads=4, kv_heads=2, head_dim=32, value_dim=32, **few),
+    'recurrent': Recurrent(**LATENT, size=48, memory=Slots(text=16)),
   }
   models = {name: {ATTENTION: kind} for name, kind in kinds.items()}
   return product(chain(**models, v4={'model': v4}), seeds(3))
