@@ -17,7 +17,7 @@ from deepseek_jax.infer.decode import (
   jit_full_logits,
   jit_prefill,
 )
-from deepseek_jax.infer.prompt import Prompts, bucket, pad_prompts, prompt_faults
+from deepseek_jax.infer.prompt import Prompts, bucket, check_request, pad_prompts, prompt_faults
 from deepseek_jax.infer.sample import Greedy, Sampler, Within
 from deepseek_jax.infer.stop import StopBefore
 from deepseek_jax.models.decoder import Decoder
@@ -79,15 +79,7 @@ def stream(
   prefill_chunk: int | None = None,
 ) -> Iterator[tuple[int, int]]:
   """Yields (row, token id) as tokens appear; arguments and errors are those of `generate`."""
-  faults = prompt_faults(prompts, decoder.config.vocab)
-  if max_new_tokens < 1:
-    faults.append(f'max_new_tokens: found {max_new_tokens}, expected at least 1')
-  if prefill_chunk is not None and prefill_chunk < 1:
-    faults.append(f'prefill_chunk: found {prefill_chunk}, expected None or at least 1 token')
-  if not 0 <= seed < 2**32:
-    faults.append(f'seed: found {seed}, expected 0 to {2**32 - 1}')
-  if faults:
-    raise ConfigError(faults)
+  check_request(prompts, decoder.config.vocab, max_new_tokens, seed, prefill_chunk)
   model = PlacedModel(decoder, variables)
   return _continue(model, pad_prompts(prompts), max_new_tokens, sampler, stop, seed, prefill_chunk)
 
@@ -145,10 +137,9 @@ def _read_prompts(
   lengths, size = prompts.lengths, chunk or bucket(prompts.longest)
   caches = model.caches(len(lengths), slots)
   logits = None
-  for start in range(0, prompts.longest, size):
-    counts = np.clip(lengths - start, 0, size)
-    begin = np.full_like(lengths, start)
-    new, caches = model.call(jit_prefill, caches, prompts.block(start, size), begin, counts)
+  for begin, counts in prompts.chunks(size):
+    block = prompts.block(int(begin[0]), size)
+    new, caches = model.call(jit_prefill, caches, block, begin, counts)
     ends_here = (counts > 0)[:, None]
     with model.on_mesh():
       logits = new if logits is None else jnp.where(ends_here, new, logits)
