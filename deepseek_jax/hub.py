@@ -17,7 +17,7 @@ from deepseek_jax.core.serialise import from_json
 from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.infer.decode import Variables
-from deepseek_jax.infer.generate import TextGenerator, score
+from deepseek_jax.infer.generate import Decoding, OneByOne, TextGenerator, score
 from deepseek_jax.infer.sample import Greedy, Sampler
 from deepseek_jax.models.decoder import (
   Decoder,
@@ -123,6 +123,7 @@ class Pretrained:
     sampler: Sampler = Greedy(),
     seed: int = 0,
     stop_texts: Sequence[str] = (),
+    decoding: Decoding = OneByOne(),
   ) -> str:
     """Returns the continuation of a text, without the text.
 
@@ -132,8 +133,9 @@ class Pretrained:
       sampler: how a token is chosen.
       seed: of the draws.
       stop_texts: the continuation ends before the first of these.
+      decoding: `Speculate()` drafts with the model's MTP modules: several tokens a step.
     """
-    return ''.join(self.stream(prompt, max_new_tokens, sampler, seed, stop_texts))
+    return ''.join(self.stream(prompt, max_new_tokens, sampler, seed, stop_texts, decoding))
 
   def stream(
     self,
@@ -142,9 +144,10 @@ class Pretrained:
     sampler: Sampler = Greedy(),
     seed: int = 0,
     stop_texts: Sequence[str] = (),
+    decoding: Decoding = OneByOne(),
   ) -> Iterator[str]:
     """Yields what `generate` returns, as it appears."""
-    pieces = self.generator.stream(
+    pieces = dataclasses.replace(self.generator, decoding=decoding).stream(
       [prompt], max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, stop_texts=stop_texts
     )
     return (piece.text for piece in pieces if piece.text)

@@ -11,12 +11,14 @@ What a module was fed with drafts that did not stand is fed again, up to K posit
 is what the model has read beyond the known tokens: caches have room to take K tokens back.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.typing import ArrayLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.infer.decode import Variables, fresh_caches, row_keys, whole
@@ -162,7 +164,7 @@ def read_chunk(
   # Every module reads the positions whose tokens are known to the last of them; the first step
   # feeds them the rest.
   near = (positions < lengths[:, None] - depth).astype(jnp.int32)
-  ahead = context.replace(segments=context.segments * near)
+  ahead = dataclasses.replace(context, segments=context.segments * near)
 
   def forward(module: Decoder) -> Reading:
     states, hidden, caches = _read(module, context, reading.caches)
@@ -183,9 +185,9 @@ def read_chunk(
 
 
 def begin(
-  reading: Reading, chosen: jax.Array, tokens: jax.Array, lengths: jax.Array, count: jax.Array
+  reading: Reading, chosen: jax.Array, tokens: ArrayLike, lengths: ArrayLike, count: ArrayLike
 ) -> Progress:
-  """Returns where rows stand whose prompts have been read.
+  """Returns where rows stand whose prompts have been read; the caches become part of it.
 
   Args:
     reading: of the prompts.
@@ -194,22 +196,27 @@ def begin(
     lengths: [B] int32 tokens of the prompts.
     count: [] int32 most new tokens of a row.
   """
-  depth = len(reading.drafters)
+  facts = _begin(reading.states, chosen, tokens, lengths, count)
+  return Progress(caches=reading.caches, drafters=reading.drafters, **facts)
+
+
+@jax.jit
+def _begin(
+  states: jax.Array, chosen: jax.Array, tokens: jax.Array, lengths: jax.Array, count: jax.Array
+) -> dict[str, jax.Array]:
+  depth = states.shape[1]
   rows, first = jnp.arange(tokens.shape[0]), jnp.maximum(lengths - depth, 0)
   # The last state kept is that of position lengths - 1.
   places = first[:, None] - (lengths[:, None] - depth) + jnp.arange(2 * depth)
-  return whole(
-    Progress(
-      caches=reading.caches,
-      drafters=reading.drafters,
-      tokens=tokens.at[rows, lengths].set(chosen),
-      known=lengths + 1,
-      first=first,
-      states=_window(reading.states, places),
-      starts=lengths,
-      ends=lengths + count,
-    )
-  )
+  facts = {
+    'tokens': tokens.at[rows, lengths].set(chosen),
+    'known': lengths + 1,
+    'first': first,
+    'states': _window(states, places),
+    'starts': lengths,
+    'ends': lengths + count,
+  }
+  return whole(facts)
 
 
 def step(
@@ -229,7 +236,7 @@ def step(
     new tokens of a row one more than that are known, though no more than complete it.
   """
   depth, p = len(progress.drafters), progress
-  p, proposal = _draft(decoder, variables, p, sampler, seed)
+  p, proposal = draft(decoder, variables, p, sampler, seed)
   offsets = jnp.arange(depth + 1, dtype=jnp.int32)
   positions = p.known[:, None] - 1 + offsets
   fed = _window(p.tokens, positions)
@@ -257,10 +264,17 @@ def step(
   return whole((after, _window(tokens, p.known[:, None] + offsets), accepted))
 
 
-def _draft(
+def draft(
   decoder: Decoder, variables: Variables, progress: Progress, sampler: Sampler, seed: jax.Array
 ) -> tuple[Progress, jax.Array]:
   """Feeds the modules; puts a draft of each after the known tokens.
+
+  Args:
+    decoder: the model.
+    variables: `params` and `buffers`.
+    progress: where rows stand.
+    sampler: how drafts are chosen.
+    seed: of the draws.
 
   Returns:
     Where rows stand, and float32 [B, K, V] the distributions that drafts were drawn from.
@@ -283,11 +297,12 @@ def _draft(
       state, hidden, cache = module.ahead(k, state, seen, context, cache)
       logits = module.logits(_at(hidden, counts - 1), context)[:, 0]
       proposal = sampler.probabilities(logits)
-      draft = sampling.sample(jnp.log(proposal), _keys(p, seed, k - 1, DRAFT))
-      tokens = tokens.at[rows, p.known + (k - 1)].set(draft, mode='drop')
+      drawn = sampling.sample(jnp.log(proposal), _keys(p, seed, k - 1, DRAFT))
+      tokens = tokens.at[rows, p.known + (k - 1)].set(drawn, mode='drop')
       drafters.append(cache)
       proposals.append(proposal)
-    return p.replace(tokens=tokens, drafters=tuple(drafters)), jnp.stack(proposals, axis=1)
+    after = dataclasses.replace(p, tokens=tokens, drafters=tuple(drafters))
+    return after, jnp.stack(proposals, axis=1)
 
   found: Any = decoder.apply(variables, method=forward)
   return found
@@ -342,5 +357,4 @@ def _at(hidden: jax.Array, places: jax.Array) -> jax.Array:
 # Compiled once for each decoder, sampler and set of shapes; memory of what is passed in is used
 # again.
 jit_read_chunk = jax.jit(read_chunk, static_argnums=0, donate_argnums=2)
-jit_begin = jax.jit(begin, donate_argnums=0)
 jit_step = jax.jit(step, static_argnums=(0, 3), donate_argnums=2)

@@ -19,6 +19,7 @@ from deepseek_jax.infer.decode import (
 )
 from deepseek_jax.infer.prompt import Prompts, bucket, check_request, pad_prompts, prompt_faults
 from deepseek_jax.infer.sample import Greedy, Sampler, Within
+from deepseek_jax.infer.speculate import Speculate
 from deepseek_jax.infer.stop import StopBefore
 from deepseek_jax.models.decoder import Decoder
 
@@ -147,6 +148,43 @@ def _read_prompts(
   return logits, caches
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneByOne:
+  """Decodes a token a step.
+
+  Attributes:
+    prefill_chunk: tokens of the prompts that are fed at once; None feeds all.
+  """
+
+  prefill_chunk: int | None = None
+
+  def stream(
+    self,
+    decoder: Decoder,
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop: frozenset[int],
+    seed: int,
+  ) -> Iterator[tuple[int, int]]:
+    """Yields (row, token id); arguments and errors are those of `generate`."""
+    return stream(
+      decoder,
+      variables,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      sampler=sampler,
+      stop=stop,
+      seed=seed,
+      prefill_chunk=self.prefill_chunk,
+    )
+
+
+Decoding = OneByOne | Speculate
+
+
 class Piece(NamedTuple):
   """Some new text of one row.
 
@@ -169,11 +207,13 @@ class TextGenerator:
     decoder: the model.
     variables: its `params` and `buffers`.
     tokenizer: made the tokens it was trained on.
+    decoding: whether tokens are made one by one, or drafted and verified.
   """
 
   decoder: Decoder
   variables: Variables
   tokenizer: Tokenizer
+  decoding: Decoding = OneByOne()
 
   def encode(self, text: str) -> list[int]:
     """The ids of a text that begins a document: bos, then its tokens."""
@@ -230,7 +270,7 @@ class TextGenerator:
     if self.decoder.config.vocab > self.tokenizer.vocab_size:
       # A vocabulary may be padded to a round size; the tokens beyond the last have no text.
       sampler = Within(vocab=self.tokenizer.vocab_size, sampler=sampler)
-    tokens = stream(
+    tokens = self.decoding.stream(
       self.decoder,
       self.variables,
       [self.encode(text) for text in texts],

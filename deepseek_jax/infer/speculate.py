@@ -15,8 +15,8 @@ import numpy as np
 from deepseek_jax.infer.decode import PlacedModel, Variables
 from deepseek_jax.infer.draft import (
   Progress,
+  begin,
   drafts_of,
-  jit_begin,
   jit_read_chunk,
   jit_step,
   start_reading,
@@ -24,6 +24,40 @@ from deepseek_jax.infer.draft import (
 from deepseek_jax.infer.prompt import Prompts, bucket, check_request, pad_prompts
 from deepseek_jax.infer.sample import Greedy, Sampler
 from deepseek_jax.models.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Speculate:
+  """Decodes several tokens a step, as `speculate` does: of a model with MTP modules.
+
+  Attributes:
+    prefill_chunk: tokens of the prompts that are fed at once; None feeds all.
+  """
+
+  prefill_chunk: int | None = None
+
+  def stream(
+    self,
+    decoder: Decoder,
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop: frozenset[int],
+    seed: int,
+  ) -> 'SpeculativeStream':
+    """Yields (row, token id); arguments and errors are those of `speculate`."""
+    return SpeculativeStream(
+      decoder,
+      variables,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      sampler=sampler,
+      stop=stop,
+      seed=seed,
+      prefill_chunk=self.prefill_chunk,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,14 +217,14 @@ class SpeculativeStream(Iterator[tuple[int, int]]):
     drafts = len(self.acceptance.accepted)
     slots = bucket(prompts.longest + max_new_tokens + drafts)
     reading = model.call(start_reading, len(lengths), slots)
-    for begin, counts in prompts.chunks(size):
-      block = prompts.block(int(begin[0]), size + drafts)
-      reading = model.call(jit_read_chunk, reading, block, begin, counts, lengths)
+    for start, counts in prompts.chunks(size):
+      block = prompts.block(int(start[0]), size + drafts)
+      reading = model.call(jit_read_chunk, reading, block, start, counts, lengths)
     sampler, seed = self._draws
     chosen = model.choose(sampler, reading.logits, seed, 0)
     tokens, count = prompts.block(0, slots), np.int32(max_new_tokens)
     with model.on_mesh():
-      return chosen, jit_begin(reading, chosen, tokens, lengths, count)
+      return chosen, begin(reading, chosen, tokens, lengths, count)
 
 
 class _Rows:
