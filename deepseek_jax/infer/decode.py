@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.infer.sample import Sampler
 from deepseek_jax.layers.context import Context
@@ -172,6 +172,14 @@ class PlacedModel:
   def on_mesh(self) -> Any:
     """A context in which the mesh is set, if there is one."""
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+  def place(self, tree: Any) -> Any:
+    """Puts arrays whole on every device of the mesh, as the results of what is compiled are."""
+    mesh = self.mesh
+    if mesh is None:
+      return tree
+    whole_on = lambda x: NamedSharding(mesh, PartitionSpec(*(None,) * x.ndim))  # noqa: E731
+    return jax.tree.map(lambda x: jax.device_put(x, whole_on(x)), tree)
 
   def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function of decoder, variables and more."""

@@ -224,7 +224,9 @@ class SpeculativeStream(Iterator[tuple[int, int]]):
     chosen = model.choose(sampler, reading.logits, seed, 0)
     tokens, count = prompts.block(0, slots), np.int32(max_new_tokens)
     with model.on_mesh():
-      return chosen, begin(reading, chosen, tokens, lengths, count)
+      progress = begin(reading, chosen, tokens, lengths, count)
+    # What a step returns is laid out so: the first one is the same program as all others.
+    return chosen, model.place(progress)
 
 
 class _Rows:

@@ -37,8 +37,10 @@ def drafting_model(make_model, draw_variables):
 
   def make(name):
     if name == 'v4':
-      changes = {'model.vocab': VOCAB, 'model.hashed': None, 'model.hashed_layers': 0}
-      model = override(tiny_v4.get_config(), {**changes, 'model.mtp.depth': 2})[0].model
+      changes = {'vocab': VOCAB, 'depth': 3, 'first_layers': 1, 'mtp.depth': 2}
+      changes |= {'hashed': None, 'hashed_layers': 0}
+      named = {f'model.{name}': value for name, value in changes.items()}
+      model = override(tiny_v4.get_config(), named)[0].model
       decoder = model.build()
       return decoder, draw_variables(decoder)
     kind, depth = name.split('-')
