@@ -208,8 +208,9 @@ class SpeculativeStream(Iterator[tuple[int, int]]):
       pending = ahead
 
   def _step(self, progress: Progress):
-    sampler, seed = self._draws
-    return self._model.call(jit_step, progress, sampler, np.uint32(seed))
+    model, (sampler, seed) = self._model, self._draws
+    # Equal layouts may be spelt differently, and what is spelt otherwise would be compiled again.
+    return model.call(jit_step, model.place(progress), sampler, np.uint32(seed))
 
   def _read(self, prompts: Prompts, max_new_tokens: int, chunk: int | None):
     """Feeds the prompts; returns the first new tokens [B], and where the rows stand then."""
@@ -224,9 +225,7 @@ class SpeculativeStream(Iterator[tuple[int, int]]):
     chosen = model.choose(sampler, reading.logits, seed, 0)
     tokens, count = prompts.block(0, slots), np.int32(max_new_tokens)
     with model.on_mesh():
-      progress = begin(reading, chosen, tokens, lengths, count)
-    # What a step returns is laid out so: the first one is the same program as all others.
-    return chosen, model.place(progress)
+      return chosen, begin(reading, chosen, tokens, lengths, count)
 
 
 class _Rows:

@@ -58,7 +58,9 @@ def run(decoder, variables, prompts=PROMPTS, **options):
   return rows, stream.acceptance
 
 
-@pytest.mark.parametrize('name', ['mla-1', 'mla-2', 'dsa-1', 'window-3', 'v4'])
+@pytest.mark.parametrize(
+  'name', ['mla-1', 'mla-2', 'dsa-1', pytest.param('window-3', marks=pytest.mark.slow), 'v4']
+)
 def test_greedy_gives_the_same_tokens(drafting_model, name):
   """Prompts of unequal lengths, one of a single token; most drafts are wrong, some stand."""
   decoder, variables = drafting_model(name)
@@ -70,7 +72,7 @@ def test_greedy_gives_the_same_tokens(drafting_model, name):
   assert 1 < acceptance.tokens_per_step < 1 + len(acceptance.accepted)
 
 
-@pytest.mark.parametrize('name', ['mla-2', 'v4'])
+@pytest.mark.parametrize('name', ['mla-2', pytest.param('v4', marks=pytest.mark.slow)])
 def test_drafts_are_those_of_the_whole_forward_pass(drafting_model, name):
   """Whatever was drafted, fed and taken back before; prompts in chunks of three."""
   decoder, variables = drafting_model(name)
