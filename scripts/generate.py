@@ -1,5 +1,6 @@
 """Continues texts with a trained model."""
 
+import dataclasses
 import pathlib
 import sys
 import time
@@ -26,6 +27,7 @@ Continues texts with a trained model.
   --min_p=X               tokens at least this many times as likely as the most likely one
   --greedy                always the most likely token
   --stop=TEXT             ends before this text; may be given several times
+  --speculate             several tokens a step, drafted by the model's MTP modules
   --seed=N                the same seed gives the same text (default: 0)
 
 One prompt is shown as it is continued; several are continued together and then shown. The speed
@@ -43,6 +45,7 @@ TOP_P = flags.DEFINE_float('top_p', 0.95, 'keep this much probability')
 MIN_P = flags.DEFINE_float('min_p', None, 'keep tokens this likely, relative to the likeliest')
 GREEDY = flags.DEFINE_bool('greedy', False, 'take the most likely token')
 STOP = flags.DEFINE_multi_string('stop', [], 'end before this text')
+SPECULATE = flags.DEFINE_bool('speculate', False, 'draft with the MTP modules, and verify')
 SEED = flags.DEFINE_integer('seed', 0, 'of the draws')
 
 
@@ -50,7 +53,9 @@ def main() -> None:
   """Runs the script."""
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.hub import from_pretrained
+  from deepseek_jax.infer.generate import OneByOne
   from deepseek_jax.infer.sample import Greedy, Sample, Sampler
+  from deepseek_jax.infer.speculate import Speculate
 
   if WORKDIR.value is None:
     raise ConfigError('--workdir is missing; for example --workdir=runs/first')
@@ -62,6 +67,8 @@ def main() -> None:
   prompts = [check_text('--prompt', text) for text in PROMPT.value] or [read_prompt()]
   weights: Any = WEIGHTS.value
   generator = from_pretrained(pathlib.Path(WORKDIR.value), STEP.value, weights).generator
+  decoding = Speculate() if SPECULATE.value else OneByOne()
+  generator = dataclasses.replace(generator, decoding=decoding)
   pieces = generator.stream(
     prompts,
     max_new_tokens=TOKENS.value,

@@ -22,7 +22,7 @@ from deepseek_jax.data.tokenizer import Tokenizer, TokenizerFile
 from deepseek_jax.infer.chat import Chat
 from deepseek_jax.infer.chat_template import ChatTemplate
 from deepseek_jax.infer.decode import Variables
-from deepseek_jax.infer.generate import TextGenerator, score
+from deepseek_jax.infer.generate import Decoding, OneByOne, TextGenerator, score
 from deepseek_jax.infer.sample import Greedy, Sampler
 from deepseek_jax.models.decoder import (
   Decoder,
@@ -104,6 +104,7 @@ class Pretrained:
     sampler: Sampler = Greedy(),
     seed: int = 0,
     stop_texts: Sequence[str] = (),
+    decoding: Decoding = OneByOne(),
   ) -> str:
     """Returns the continuation of a text, without the text.
 
@@ -113,8 +114,9 @@ class Pretrained:
       sampler: how a token is chosen.
       seed: of the draws.
       stop_texts: the continuation ends before the first of these.
+      decoding: `Speculate()` drafts with the model's MTP modules: several tokens a step.
     """
-    return ''.join(self.stream(prompt, max_new_tokens, sampler, seed, stop_texts))
+    return ''.join(self.stream(prompt, max_new_tokens, sampler, seed, stop_texts, decoding))
 
   def stream(
     self,
@@ -123,19 +125,26 @@ class Pretrained:
     sampler: Sampler = Greedy(),
     seed: int = 0,
     stop_texts: Sequence[str] = (),
+    decoding: Decoding = OneByOne(),
   ) -> Iterator[str]:
     """Yields what `generate` returns, as it appears."""
-    pieces = self.generator.stream(
+    pieces = dataclasses.replace(self.generator, decoding=decoding).stream(
       [prompt], max_new_tokens=max_new_tokens, sampler=sampler, seed=seed, stop_texts=stop_texts
     )
     return (piece.text for piece in pieces if piece.text)
 
-  def chat(self, system: str | None = None, template: str | None = None) -> Chat:
+  def chat(
+    self,
+    system: str | None = None,
+    template: str | None = None,
+    decoding: Decoding = OneByOne(),
+  ) -> Chat:
     """Returns a conversation that has not begun: `model.chat().ask('Who are you?').reply.answer`.
 
     Args:
       system: what the model is told before it.
       template: Jinja, in the place of the model's own; see `infer.chat_template`.
+      decoding: `Speculate()` drafts with the model's MTP modules.
 
     Raises:
       ConfigError: the model has no template, and none is given.
@@ -149,7 +158,7 @@ class Pretrained:
     bos, eos = (names.get(i, '') for i in (self.tokenizer.bos, self.tokenizer.eos))
     said = () if system is None else ({'role': 'system', 'content': system},)
     return Chat(
-      generator=self.generator,
+      generator=dataclasses.replace(self.generator, decoding=decoding),
       template=ChatTemplate(source=template, bos=bos, eos=eos),
       messages=said,
     )

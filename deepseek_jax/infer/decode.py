@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.infer.sample import Sampler
 from deepseek_jax.layers.context import Context
@@ -24,12 +24,15 @@ Variables = dict[str, Any]
 """The collections of a model: `params` and `buffers`."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def fresh_caches(decoder: Decoder, batch: int, slots: int) -> Any:
-  """Returns empty caches of `batch` sequences of up to `slots` tokens, in the compute dtype."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def fresh_caches(decoder: Decoder, batch: int, slots: int, spare: int = 0) -> Any:
+  """Returns empty caches of `batch` sequences of up to `slots` tokens, in the compute dtype.
+
+  Of the tokens fed last, up to `spare` can be taken back by feeding earlier positions again.
+  """
   # The plan of this very decoder: rematerialisation may have grouped its layers otherwise.
   segments = plan_segments(decoder.config, decoder.remat)
-  return _whole(empty_caches(segments, batch, slots, decoder.dtype))
+  return whole(empty_caches(segments, batch, slots, decoder.dtype, spare))
 
 
 def prefill(
@@ -78,7 +81,7 @@ def prefill_context(
     last = jnp.maximum(counts - 1, 0)[:, None, None]
     return module.logits(jnp.take_along_axis(hidden, last, axis=1), context)[:, 0], caches
 
-  return _whole(decoder.apply(variables, context, caches, method=forward))
+  return whole(decoder.apply(variables, context, caches, method=forward))
 
 
 def decode_step(
@@ -124,7 +127,7 @@ def full_logits(
   def forward(module: Decoder, context: Context) -> jax.Array:
     return module.logits(module(context)[0], context)
 
-  return _whole(decoder.apply(variables, context, method=forward))
+  return whole(decoder.apply(variables, context, method=forward))
 
 
 def choose(sampler: Sampler, logits: jax.Array, seed: jax.Array, index: jax.Array) -> jax.Array:
@@ -133,10 +136,15 @@ def choose(sampler: Sampler, logits: jax.Array, seed: jax.Array, index: jax.Arra
   The key of row r's token number `index` is made of the seed, r and `index` alone, so that a row
   draws the same whatever rows are beside it.
   """
-  key = jax.random.key(seed)
-  rows = jnp.arange(logits.shape[0])
-  keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), index))(rows)
-  return _whole(sampler(logits, keys))
+  indices = jnp.full(logits.shape[0], index)
+  return whole(sampler(logits, row_keys(seed, indices)))
+
+
+def row_keys(seed: jax.Array, indices: jax.Array) -> jax.Array:
+  """Returns the key of token number `indices` [B] of every row [B]."""
+  key, fold = jax.random.key(seed), jax.random.fold_in
+  rows = jnp.arange(indices.shape[0])
+  return jax.vmap(lambda row, index: fold(fold(key, row), index))(rows, indices)
 
 
 # Compiled once for each decoder and set of shapes, for the whole process: weights are arguments,
@@ -165,15 +173,23 @@ class PlacedModel:
     """A context in which the mesh is set, if there is one."""
     return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
+  def place(self, tree: Any) -> Any:
+    """Puts arrays whole on every device of the mesh, as the results of what is compiled are."""
+    mesh = self.mesh
+    if mesh is None:
+      return tree
+    whole_on = lambda x: NamedSharding(mesh, PartitionSpec(*(None,) * x.ndim))  # noqa: E731
+    return jax.tree.map(lambda x: jax.device_put(x, whole_on(x)), tree)
+
   def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function of decoder, variables and more."""
     with self.on_mesh():
       return function(self.decoder, self.variables, *arguments)
 
-  def caches(self, batch: int, slots: int) -> Any:
-    """Empty caches."""
+  def caches(self, batch: int, slots: int, spare: int = 0) -> Any:
+    """Empty caches; see `fresh_caches`."""
     with self.on_mesh():
-      return fresh_caches(self.decoder, batch, slots)
+      return fresh_caches(self.decoder, batch, slots, spare)
 
   def choose(self, sampler: Sampler, logits: jax.Array, seed: int, index: int) -> jax.Array:
     """Tokens [B] drawn from logits [B, V]."""
@@ -181,7 +197,7 @@ class PlacedModel:
       return jit_choose(sampler, logits, np.uint32(seed), np.uint32(index))
 
 
-def _whole(tree: Any) -> Any:
+def whole(tree: Any) -> Any:
   """Keeps arrays whole on every device of the mesh, if one is set.
 
   Without it the compiler would choose a layout for the cache that the next step does not expect.

@@ -17,8 +17,9 @@ from deepseek_jax.infer.decode import (
   jit_full_logits,
   jit_prefill,
 )
-from deepseek_jax.infer.prompt import Prompts, bucket, pad_prompts, prompt_faults
+from deepseek_jax.infer.prompt import Prompts, bucket, check_request, pad_prompts, prompt_faults
 from deepseek_jax.infer.sample import Greedy, Sampler, Within
+from deepseek_jax.infer.speculate import Speculate
 from deepseek_jax.infer.stop import StopBefore
 from deepseek_jax.models.decoder import Decoder
 
@@ -79,15 +80,7 @@ def stream(
   prefill_chunk: int | None = None,
 ) -> Iterator[tuple[int, int]]:
   """Yields (row, token id) as tokens appear; arguments and errors are those of `generate`."""
-  faults = prompt_faults(prompts, decoder.config.vocab)
-  if max_new_tokens < 1:
-    faults.append(f'max_new_tokens: found {max_new_tokens}, expected at least 1')
-  if prefill_chunk is not None and prefill_chunk < 1:
-    faults.append(f'prefill_chunk: found {prefill_chunk}, expected None or at least 1 token')
-  if not 0 <= seed < 2**32:
-    faults.append(f'seed: found {seed}, expected 0 to {2**32 - 1}')
-  if faults:
-    raise ConfigError(faults)
+  check_request(prompts, decoder.config.vocab, max_new_tokens, seed, prefill_chunk)
   model = PlacedModel(decoder, variables)
   return _continue(model, pad_prompts(prompts), max_new_tokens, sampler, stop, seed, prefill_chunk)
 
@@ -145,15 +138,51 @@ def _read_prompts(
   lengths, size = prompts.lengths, chunk or bucket(prompts.longest)
   caches = model.caches(len(lengths), slots)
   logits = None
-  for start in range(0, prompts.longest, size):
-    counts = np.clip(lengths - start, 0, size)
-    begin = np.full_like(lengths, start)
-    new, caches = model.call(jit_prefill, caches, prompts.block(start, size), begin, counts)
+  for begin, counts in prompts.chunks(size):
+    block = prompts.block(int(begin[0]), size)
+    new, caches = model.call(jit_prefill, caches, block, begin, counts)
     ends_here = (counts > 0)[:, None]
     with model.on_mesh():
       logits = new if logits is None else jnp.where(ends_here, new, logits)
   assert logits is not None  # every prompt has a token
   return logits, caches
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OneByOne:
+  """Decodes a token a step.
+
+  Attributes:
+    prefill_chunk: tokens of the prompts that are fed at once; None feeds all.
+  """
+
+  prefill_chunk: int | None = None
+
+  def stream(
+    self,
+    decoder: Decoder,
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop: frozenset[int],
+    seed: int,
+  ) -> Iterator[tuple[int, int]]:
+    """Yields (row, token id); arguments and errors are those of `generate`."""
+    return stream(
+      decoder,
+      variables,
+      prompts,
+      max_new_tokens=max_new_tokens,
+      sampler=sampler,
+      stop=stop,
+      seed=seed,
+      prefill_chunk=self.prefill_chunk,
+    )
+
+
+Decoding = OneByOne | Speculate
 
 
 class Piece(NamedTuple):
@@ -178,11 +207,13 @@ class TextGenerator:
     decoder: the model.
     variables: its `params` and `buffers`.
     tokenizer: made the tokens it was trained on.
+    decoding: whether tokens are made one by one, or drafted and verified.
   """
 
   decoder: Decoder
   variables: Variables
   tokenizer: Tokenizer
+  decoding: Decoding = OneByOne()
 
   def encode(self, text: str) -> list[int]:
     """The ids of a text that begins a document: bos, then its tokens."""
@@ -231,7 +262,7 @@ class TextGenerator:
 
     Arguments and errors are otherwise those of `complete`.
     """
-    return generate(
+    tokens = self.decoding.stream(
       self.decoder,
       self.variables,
       prompts,
@@ -240,6 +271,10 @@ class TextGenerator:
       stop=frozenset({self.tokenizer.eos}),
       seed=seed,
     )
+    result: list[list[int]] = [[] for _ in prompts]
+    for row, token in tokens:
+      result[row].append(token)
+    return result
 
   def _within(self, sampler: Sampler) -> Sampler:
     if self.decoder.config.vocab <= self.tokenizer.vocab_size:
@@ -264,7 +299,7 @@ class TextGenerator:
       raise ConfigError(f'texts: found the text {texts!r:.60}, expected a list of texts')
     if isinstance(stop_texts, str) or not all(stop_texts):
       raise ConfigError(f'stop_texts: found {stop_texts!r}, expected texts that are not empty')
-    tokens = stream(
+    tokens = self.decoding.stream(
       self.decoder,
       self.variables,
       [self.encode(text) for text in texts],

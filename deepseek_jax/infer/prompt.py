@@ -1,9 +1,11 @@
 """Prompts as token ids: what is wrong with them, and many of them as one array."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+from deepseek_jax.core.config import ConfigError
 
 SHORTEST_BUCKET, LONGEST_STEP = 16, 512
 
@@ -16,6 +18,36 @@ def bucket(length: int) -> int:
   if length > LONGEST_STEP:
     return -(-length // LONGEST_STEP) * LONGEST_STEP
   return max(SHORTEST_BUCKET, 1 << (length - 1).bit_length())
+
+
+def check_request(
+  prompts: Sequence[Sequence[int]],
+  vocab: int,
+  max_new_tokens: int,
+  seed: int,
+  prefill_chunk: int | None,
+) -> None:
+  """Refuses what cannot be continued.
+
+  Args:
+    prompts: token ids.
+    vocab: entries of the model's vocabulary.
+    max_new_tokens: most tokens that are added.
+    seed: of the draws.
+    prefill_chunk: tokens of the prompts that are fed at once; None is all.
+
+  Raises:
+    ConfigError: with all that is wrong.
+  """
+  faults = prompt_faults(prompts, vocab)
+  if max_new_tokens < 1:
+    faults.append(f'max_new_tokens: found {max_new_tokens}, expected at least 1')
+  if prefill_chunk is not None and prefill_chunk < 1:
+    faults.append(f'prefill_chunk: found {prefill_chunk}, expected None or at least 1 token')
+  if not 0 <= seed < 2**32:
+    faults.append(f'seed: found {seed}, expected 0 to {2**32 - 1}')
+  if faults:
+    raise ConfigError(faults)
 
 
 def prompt_faults(prompts: Sequence[Sequence[int]], vocab: int) -> list[str]:
@@ -64,6 +96,11 @@ class Prompts:
     """Tokens [B, size] from position `start` on, padded on the right."""
     part = self.tokens[:, start : start + size]
     return np.pad(part, ((0, 0), (0, size - part.shape[1])))
+
+  def chunks(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields the first position [B] and the number of tokens [B] of blocks that hold it all."""
+    for start in range(0, self.longest, size):
+      yield np.full_like(self.lengths, start), np.clip(self.lengths - start, 0, size)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]]) -> Prompts:

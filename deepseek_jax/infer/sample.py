@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.ops import sampling
@@ -24,6 +25,10 @@ class Greedy:
     """
     del key
     return sampling.take_best(logits)
+
+  def probabilities(self, logits: jax.Array) -> jax.Array:
+    """Returns how likely each token is to be chosen, float32 [B, V], for logits [B, V]: 0 or 1."""
+    return jax.nn.one_hot(sampling.take_best(logits), logits.shape[-1])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,13 @@ class Sample:
     Returns:
       int32 [B].
     """
+    return sampling.sample(self._kept(logits), key)
+
+  def probabilities(self, logits: jax.Array) -> jax.Array:
+    """Returns how likely each token is to be chosen, float32 [B, V], for logits [B, V]."""
+    return jax.nn.softmax(self._kept(logits), axis=-1)
+
+  def _kept(self, logits: jax.Array) -> jax.Array:
     logits = sampling.apply_temperature(logits, self.temperature)
     if self.top_k is not None:
       logits = sampling.keep_top_k(logits, self.top_k)
@@ -84,7 +96,7 @@ class Sample:
       logits = sampling.keep_top_p(logits, self.top_p)
     if self.min_p is not None:
       logits = sampling.keep_min_p(logits, self.min_p)
-    return sampling.sample(logits, key)
+    return logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,6 +119,11 @@ class Within:
   def __call__(self, logits: jax.Array, key: jax.Array) -> jax.Array:
     """Chooses one token a row: logits [B, V], typed keys [B] -> int32 [B]."""
     return self.sampler(logits[:, : self.vocab], key)
+
+  def probabilities(self, logits: jax.Array) -> jax.Array:
+    """Returns how likely each token is to be chosen, float32 [B, V], for logits [B, V]."""
+    inner = self.sampler.probabilities(logits[:, : self.vocab])
+    return jnp.pad(inner, ((0, 0), (0, logits.shape[1] - inner.shape[1])))
 
 
 Sampler = Greedy | Sample | Within

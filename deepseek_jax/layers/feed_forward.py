@@ -22,8 +22,11 @@ class Remembering(Protocol):
   attention is; a feed-forward then returns `(y, cache)`.
   """
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Any:
-    """Returns the cache [B, …] of `batch` rows that have no token yet; None where it needs none."""
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> Any:
+    """Returns the cache [B, …] of `batch` rows that have no token yet; None where it needs none.
+
+    Of the tokens fed last, up to `spare` can be taken back, as from the cache of attention.
+    """
 
 
 def limit_faults(limit: float | None) -> list[str]:

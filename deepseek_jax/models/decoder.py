@@ -30,7 +30,7 @@ class Family(Protocol):
 
   @property
   def mtp(self) -> MTP | LaneMTP | None:
-    """Multi-token prediction in training, or None."""
+    """Multi-token prediction, or None."""
 
   def layers(self) -> list[Block]:
     """Returns the layers, first to last."""
@@ -102,11 +102,28 @@ class Decoder(nn.Module):
     if self.config.mtp is None:
       return result
     state = self.config.mtp.start(stream, result[0])
-    for depth, module in enumerate(self.mtp, start=1):
-      ahead = shift_left(context.tokens, depth)
-      state, hidden = module(state, self.embed(ahead, context), context)
+    for depth in range(1, len(self.mtp) + 1):
+      tokens = shift_left(context.tokens, depth)
+      state, hidden, _ = self.ahead(depth, state, tokens, context)
       result.append(hidden)
     return result
+
+  def ahead(
+    self, depth: int, state: jax.Array, tokens: jax.Array, context: Context, cache: Any = None
+  ) -> tuple[jax.Array, jax.Array, Any]:
+    """Runs one MTP depth.
+
+    Args:
+      depth: which, from 1.
+      state: [B, T, …] of the depth before; the first reads what `config.mtp.start` makes.
+      tokens: [B, T] int32 the token `depth` places after each position.
+      context: facts about the positions themselves.
+      cache: what the depth remembers of the row's earlier positions, or None.
+
+    Returns:
+      What the next depth reads, the hidden states [B, T, D] of this one, and the cache.
+    """
+    return self.mtp[depth - 1](state, self.embed(tokens, context), context, cache)
 
   def head_matrix(self) -> jax.Array:
     """Returns the output matrix [D, V] in the compute dtype."""

@@ -1,4 +1,7 @@
-"""Multi-token prediction: small modules that look further ahead in training."""
+"""Multi-token prediction: small modules that look further ahead.
+
+In training they make the model plan; in generation they can draft tokens for it.
+"""
 
 import dataclasses
 
@@ -11,7 +14,7 @@ from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.models.plan import Block
-from deepseek_jax.models.stack import TransformerBlock
+from deepseek_jax.models.stack import BlockCache, TransformerBlock
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,14 +93,21 @@ class MTPModule(nn.Module):
 
   @nn.compact
   def __call__(
-    self, hidden: jax.Array, embedded: jax.Array, context: Context
-  ) -> tuple[jax.Array, jax.Array]:
+    self,
+    hidden: jax.Array,
+    embedded: jax.Array,
+    context: Context,
+    cache: BlockCache | None = None,
+  ) -> tuple[jax.Array, jax.Array, BlockCache | None]:
     """Returns what the next depth reads and the normalised hidden state of this one: the same.
+
+    The cache is the third result.
 
     Args:
       hidden: [B, T, D] of the previous depth, after its norm.
       embedded: [B, T, D] embedding of the token this depth may see.
       context: facts about the T tokens.
+      cache: what the module's layer remembers of the row's earlier tokens, or None.
     """
     width = hidden.shape[-1]
     norm, residual = self.block.norm, self.block.residual
@@ -106,9 +116,9 @@ class MTPModule(nn.Module):
     )
     w = weight(self, 'join', (2 * width, width), ('embed', None), dtype=hidden.dtype)
     stream = residual.build('open').open(jnp.einsum('bte,ed->btd', joined, w))
-    stream, _ = TransformerBlock(self.block, name='block')(stream, context)
+    stream, cache = TransformerBlock(self.block, name='block')(stream, context, cache)
     hidden = norm.build('norm')(residual.build('close').close(stream))
-    return hidden, hidden
+    return hidden, hidden, cache
 
 
 class LaneMTPModule(nn.Module):
@@ -121,14 +131,21 @@ class LaneMTPModule(nn.Module):
 
   @nn.compact
   def __call__(
-    self, stream: jax.Array, embedded: jax.Array, context: Context
-  ) -> tuple[jax.Array, jax.Array]:
+    self,
+    stream: jax.Array,
+    embedded: jax.Array,
+    context: Context,
+    cache: BlockCache | None = None,
+  ) -> tuple[jax.Array, jax.Array, BlockCache | None]:
     """Returns the stream of this depth, which the next one reads, and its normalised hidden state.
+
+    The cache is the third result.
 
     Args:
       stream: [B, T, R, D] of the previous depth, or [B, T, D] under the plain residual.
       embedded: [B, T, D] embedding of the token this depth may see.
       context: facts about the T tokens.
+      cache: what the module's layer remembers of the row's earlier tokens, or None.
     """
     width = embedded.shape[-1]
     norm, residual = self.block.norm, self.block.residual
@@ -140,5 +157,5 @@ class LaneMTPModule(nn.Module):
 
     later = residual.build('open').open(joined('embedding', embedded))
     stream = later + joined('hidden', stream).astype(later.dtype)
-    stream, _ = TransformerBlock(self.block, name='block')(stream, context)
-    return stream, norm.build('norm')(residual.build('close').close(stream))
+    stream, cache = TransformerBlock(self.block, name='block')(stream, context, cache)
+    return stream, norm.build('norm')(residual.build('close').close(stream)), cache

@@ -109,19 +109,36 @@ class Stack(nn.Module):
     return stream, None if caches is None else tuple(written)
 
 
-def empty_caches(segments: Sequence[Segment], batch: int, length: int, dtype: DTypeLike) -> Any:
-  """Returns empty caches for a stack: [B, …] each, or [repeats, B, …] in a scanned segment."""
+def empty_cache(
+  block: Block, batch: int, length: int, dtype: DTypeLike, spare: int = 0
+) -> BlockCache:
+  """Returns the empty cache of one layer, [B, …]; arguments are those of `empty_caches`."""
+  feed_forward, sizes = block.feed_forward, (batch, length, dtype, spare)
+  memory = feed_forward.empty_cache(*sizes) if isinstance(feed_forward, Remembering) else None
+  return BlockCache(block.attention.empty_cache(*sizes), memory)
 
-  def empty(block):
-    feed_forward, sizes = block.feed_forward, (batch, length, dtype)
-    memory = feed_forward.empty_cache(*sizes) if isinstance(feed_forward, Remembering) else None
-    return BlockCache(block.attention.empty_cache(*sizes), memory)
+
+def empty_caches(
+  segments: Sequence[Segment], batch: int, length: int, dtype: DTypeLike, spare: int = 0
+) -> Any:
+  """Returns empty caches for a stack: [B, …] each, or [repeats, B, …] in a scanned segment.
+
+  Args:
+    segments: the plan.
+    batch: rows B.
+    length: most tokens of a row.
+    dtype: compute dtype.
+    spare: of the tokens fed last, how many can be taken back by feeding earlier positions again.
+
+  Raises:
+    ConfigError: `spare` is not 0, and a layer cannot take tokens back.
+  """
 
   def repeat(cache, times):
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (times, *x.shape)), cache)
 
   result = []
   for part in segments:
-    caches = tuple(empty(block) for block in part.pattern)
+    caches = tuple(empty_cache(block, batch, length, dtype, spare) for block in part.pattern)
     result.append(repeat(caches, part.repeats) if part.repeats > 1 else caches)
   return tuple(result)

@@ -118,6 +118,41 @@ def sample(logits: jax.Array, key: jax.Array) -> jax.Array:
   return jax.vmap(jax.random.categorical)(key, logits.astype(jnp.float32)).astype(jnp.int32)
 
 
+def accept_drafts(
+  target: jax.Array, proposal: jax.Array, drafts: jax.Array, uniforms: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Decides how many drafted tokens stand, and from what the token after them is drawn.
+
+  Draft i stands with probability min(1, target / proposal) if all before it do. The token after
+  those that stand is drawn from what the target has more than the proposal, or from the target
+  where all stand. Tokens are thus distributed as if each had been drawn from the target.
+
+  Args:
+    target: float32 [B, K + 1, V] probabilities of the model: for each draft, and after the last.
+    proposal: float32 [B, K, V] what each draft was drawn from.
+    drafts: int32 [B, K].
+    uniforms: float32 [B, K] numbers in [0, 1) that nothing else depends on.
+
+  Returns:
+    How many stand, int32 [B], and float32 [B, V] weights of the token after, whose sum is any
+    number above 0.
+
+  Source: Leviathan et al. (arXiv 2211.17192), algorithm 1; Chen et al. (arXiv 2302.01318),
+    algorithm 2.
+  """
+  pick = lambda x: jnp.take_along_axis(x, drafts[..., None], axis=-1)[..., 0]  # noqa: E731
+  stands = uniforms * pick(proposal) < pick(target[:, :-1])
+  count = jnp.sum(jnp.cumprod(stands.astype(jnp.int32), axis=1), axis=1)
+  # After the last draft nothing was proposed: the rest is the target itself.
+  proposal = jnp.pad(proposal, ((0, 0), (0, 1), (0, 0)))
+  own, other = (
+    jnp.take_along_axis(x, count[:, None, None], axis=1)[:, 0] for x in (target, proposal)
+  )
+  rest = jnp.maximum(own - other, 0.0)
+  # Rounding may leave nothing of two distributions that are all but equal.
+  return count, jnp.where(jnp.any(rest > 0, axis=-1, keepdims=True), rest, own)
+
+
 def _keep(logits: jax.Array, tokens: jax.Array, kept: jax.Array) -> jax.Array:
   """Drops every logit but those at `tokens` [B, K] where `kept` [B, K]."""
   rows = jnp.arange(logits.shape[0])[:, None]

@@ -37,6 +37,13 @@ def test_prompts_are_continued(workdir):
   assert '9 tokens, ' in errors
 
 
+def test_drafts_need_modules(workdir):
+  """A run that was trained without them is refused."""
+  code, _, errors = run(f'--workdir={workdir}', '--speculate', '--prompt=x')
+  assert code == 2
+  assert 'error: speculative decoding drafts with' in errors
+
+
 @pytest.mark.parametrize(
   ('flags', 'message'),
   [

@@ -13,11 +13,13 @@ from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.hub import Pretrained, from_pretrained
 from deepseek_jax.infer.sample import Sample
+from deepseek_jax.infer.speculate import Speculate
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.context import text_context
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.models.decoder import canonical, plan_segments
+from deepseek_jax.models.mtp import MTP
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.state import fresh_state
 
@@ -59,6 +61,16 @@ def test_text_goes_on(workdir):
   assert ''.join(model.stream('The ', 8, Sample(), 1)) == text
   assert model.generate('The ', max_new_tokens=8, sampler=Sample(), seed=2) != text
   assert model.generator.complete(['The '], max_new_tokens=8, sampler=Sample(), seed=1) == [text]
+
+
+def test_drafts_need_modules(workdir):
+  """A model without them says so at once; one with them gives the same text."""
+  model = from_pretrained(workdir)
+  with pytest.raises(ConfigError, match='found `mtp` None'):
+    model.stream('The ', decoding=Speculate())
+  model = model.replace(mtp=MTP(depth=1))
+  plain = model.generate('The ', max_new_tokens=8)
+  assert model.generate('The ', max_new_tokens=8, decoding=Speculate()) == plain
 
 
 def test_another_attention_keeps_the_weights(workdir):

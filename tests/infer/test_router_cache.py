@@ -30,7 +30,7 @@ def test_decode_is_the_full_forward(draw_variables):
   lengths = np.array([2, 5], np.int32)
   caches = fresh_caches(decoder, 2, LENGTH)
   assert caches[0][0].feed_forward is None
-  assert caches[1][0].feed_forward.shape == (2, 2, 7)
+  assert caches[1][0].feed_forward.shape == (2, 2, 1, 7)
   logits, caches = jit_prefill(decoder, variables, caches, tokens[:, :6], 0 * lengths, lengths)
   rows = np.arange(2)
   np.testing.assert_allclose(logits, want[rows, lengths - 1], rtol=1e-4, atol=1e-4)

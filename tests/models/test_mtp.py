@@ -148,7 +148,7 @@ def test_lanes_by_hand(canonical_variables):
   stream, embedded = (rng.standard_normal(s).astype('f') for s in ((1, 7, 3, 12), (1, 7, 12)))
   context = text_context(jnp.zeros((1, 7), jnp.int32))
   module = model.mtp.build(model.layers()[-1])
-  state, hidden = module.apply({'params': params}, stream, embedded, context)
+  state, hidden, _ = module.apply({'params': params}, stream, embedded, context)
 
   def part(x, name):
     x = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)

@@ -130,3 +130,26 @@ def test_a_row_does_not_depend_on_its_batch():
 def test_keys_must_be_one_a_row(make):
   with pytest.raises(ValueError, match='one a row'):
     sampling.sample(random_logits(), make())
+
+
+def test_drafts_stand_as_often_as_they_should():
+  """By hand: of q = (½, ½, 0) and p = (¼, ¼, ½) half of the drafts stand."""
+  target = jnp.asarray([[[0.25, 0.25, 0.5], [0.1, 0.2, 0.7], [1.0, 0.0, 0.0]]])
+  proposal = jnp.asarray([[[0.5, 0.5, 0.0], [0.1, 0.2, 0.7]]])
+  drafts = jnp.asarray([[1, 2]])
+
+  def decide(*uniforms):
+    count, rest = sampling.accept_drafts(target, proposal, drafts, jnp.asarray([uniforms]))
+    return int(count[0]), np.asarray(rest[0]) / float(rest.sum())
+
+  count, rest = decide(0.51, 0.0)
+  assert count == 0
+  np.testing.assert_allclose(rest, [0, 0, 1])
+  count, rest = decide(0.49, 0.999)
+  assert count == 2
+  np.testing.assert_allclose(rest, [1, 0, 0])
+  # Equal but for rounding: what is left is no distribution, so the target is drawn from.
+  same, draft = jnp.asarray([[[0.0, 1.0], [0.0, 1.0]]]), jnp.asarray([[0]])
+  count, rest = sampling.accept_drafts(same, same[:, :1], draft, jnp.zeros((1, 1)))
+  assert count[0] == 0
+  np.testing.assert_array_equal(rest, [[0, 1]])

@@ -44,12 +44,13 @@ class Bidirectional:
     """Forward FLOPs a token of scores and values over all `length` tokens."""
     return 4 * self.heads * self.head_dim * length
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> Cache:
     """Refuses: see the class.
 
     Raises:
       ConfigError: always.
     """
+    del batch, length, dtype, spare
     raise ConfigError(_NO_CACHE)
 
   def cache_axes(self) -> Cache:

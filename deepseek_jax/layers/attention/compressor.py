@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.attention.shared_window import latest
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import vector, weight
@@ -22,7 +22,7 @@ class Compressed:
 
   Attributes:
     entries: [B, N, C] in the compute dtype; slot i holds entry i.
-    values: [B, P, C or 2C] float32 what of each token is pooled, the newest last.
+    values: [B, P, C or 2C] float32 what of each token is pooled, a ring.
     gates: like `values`, the logits of the weights.
   """
 
@@ -39,14 +39,30 @@ COMPRESSED_AXES = Compressed(
 
 
 def empty_compressed(
-  batch: int, length: int, dim: int, ratio: int, blocks: int, dtype: jax.typing.DTypeLike
+  batch: int,
+  length: int,
+  dim: int,
+  ratio: int,
+  blocks: int,
+  dtype: jax.typing.DTypeLike,
+  spare: int,
 ) -> Compressed:
-  """Returns room for the entries [B, N, C] of `length` tokens, holding nothing."""
-  span, width = blocks * ratio, blocks * dim
+  """Returns room for the entries [B, N, C] of `length` tokens, holding nothing.
+
+  Args:
+    batch: rows B.
+    length: tokens of a row.
+    dim: channels C of an entry.
+    ratio: tokens of a block.
+    blocks: blocks that an entry pools.
+    dtype: of the entries.
+    spare: tokens that can be taken back.
+  """
+  slots, width = blocks * ratio - 1 + spare, blocks * dim
   return Compressed(
     entries=jnp.zeros((batch, max(length // ratio, 1), dim), dtype),
-    values=jnp.zeros((batch, span - 1, width), jnp.float32),
-    gates=jnp.zeros((batch, span - 1, width), jnp.float32),
+    values=jnp.zeros((batch, slots, width), jnp.float32),
+    gates=jnp.zeros((batch, slots, width), jnp.float32),
   )
 
 
@@ -89,11 +105,12 @@ class Compressor(nn.Module):
     if past is None:
       entries = pool(values, gates, positions, segments)
       return entries._replace(rows=self._finish(entries).astype(x.dtype)), None
-    earlier = past.values.shape[1]
-    before = positions[:, :1] + jnp.arange(-earlier, 0)
+    earlier = self.blocks * self.ratio - 1
+    old_values, before = ring.before(past.values, positions, earlier)
+    old_gates, _ = ring.before(past.gates, positions, earlier)
     made = pool(
-      jnp.concatenate([past.values, values], axis=1),
-      jnp.concatenate([past.gates, gates], axis=1),
+      jnp.concatenate([old_values, values], axis=1),
+      jnp.concatenate([old_gates, gates], axis=1),
       jnp.concatenate([before, positions], axis=1),
       jnp.concatenate([(before >= 0).astype(jnp.int32), segments], axis=1),
       first=earlier,
@@ -104,8 +121,8 @@ class Compressor(nn.Module):
     rows = self._finish(made).astype(past.entries.dtype)
     after = Compressed(
       entries=past.entries.at[batch, place].set(rows, mode='drop'),
-      values=latest(past.values, values, context.real),
-      gates=latest(past.gates, gates, context.real),
+      values=ring.write(past.values, values, positions, context.real),
+      gates=ring.write(past.gates, gates, positions, context.real),
     )
     # Where an entry lies says when it was complete. A query sees none of what is not there yet.
     ends = jnp.broadcast_to((jnp.arange(slots) + 1) * self.ratio - 1, (x.shape[0], slots))

@@ -52,8 +52,9 @@ class CrossAttention:
     """Forward FLOPs a token of scores and values over `slots` vectors, whatever `length` is."""
     return 4 * self.heads * self.head_dim * self.slots
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> HeadCache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> HeadCache:
     """Returns an empty cache of `slots`; it does not grow with the sequence."""
+    del length, spare  # No token is written to it.
     return empty_head_cache(batch, self.slots, self.heads, self.head_dim, dtype)
 
   def cache_axes(self) -> HeadCache:

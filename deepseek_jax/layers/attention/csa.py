@@ -23,7 +23,6 @@ from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shards import attend_chosen_sharded
 from deepseek_jax.layers.attention.shared_window import (
   RECENT_AXES,
-  Recent,
   Shared,
   SharedAttention,
   one_sequence,
@@ -85,24 +84,24 @@ class CSA(Shared):
     scores = self.index_heads * (2 * self.index_dim + 2) * float(np.mean(seen))
     return super().mixing_flops(length) + 4 * self.heads * self.head_dim * attended + scores
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'CSACache':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'CSACache':
     """Returns an empty cache: the window, and two entries for every `ratio` of `length` tokens."""
     past, index = (
-      empty_compressed(batch, length, dim, self.ratio, 2, dtype)
+      empty_compressed(batch, length, dim, self.ratio, 2, dtype, spare)
       for dim in (self.head_dim, self.index_dim)
     )
-    return CSACache(recent=self.empty_recent(batch, length, dtype), past=past, index=index)
+    return CSACache(recent=self.empty_recent(batch, length, dtype, spare), past=past, index=index)
 
   def cache_axes(self) -> 'CSACache':
     """Returns the logical axes of the cache."""
-    return CSACache(recent=RECENT_AXES, past=COMPRESSED_AXES, index=COMPRESSED_AXES)
+    return CSACache(recent=RECENT_AXES, past=COMPRESSED_AXES, index=COMPRESSED_AXES)  # type: ignore[arg-type]
 
 
 @struct.dataclass
 class CSACache:
   """The last tokens [B, W, C], the entries [B, N, C] of all, and those of the indexer."""
 
-  recent: Recent
+  recent: jax.Array
   past: Compressed
   index: Compressed
 

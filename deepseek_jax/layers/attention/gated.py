@@ -134,8 +134,9 @@ class Gated(Latent):
     past = np.maximum(place // self.block * self.block - self.window, 0)
     return float(np.mean(self.keep.counts(length)[past] + place + 1 - past))
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'GatedCache':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'GatedCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
+    del spare  # See MLA.
     kept = empty_latent_cache(self, batch, length, dtype)
     return GatedCache(tokens=kept, gate=jnp.zeros((batch, length), jnp.float32))
 

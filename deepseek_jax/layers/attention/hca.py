@@ -18,7 +18,6 @@ from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
 from deepseek_jax.layers.attention.shared_window import (
   RECENT_AXES,
-  Recent,
   Shared,
   SharedAttention,
   one_sequence,
@@ -56,21 +55,21 @@ class HCA(Shared):
     entries = float(np.mean(seen_entries(length, self.ratio)))
     return super().mixing_flops(length) + 4 * self.heads * self.head_dim * entries
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'HCACache':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'HCACache':
     """Returns an empty cache: the window, and an entry for every `ratio` of `length` tokens."""
-    past = empty_compressed(batch, length, self.head_dim, self.ratio, 1, dtype)
-    return HCACache(recent=self.empty_recent(batch, length, dtype), past=past)
+    past = empty_compressed(batch, length, self.head_dim, self.ratio, 1, dtype, spare)
+    return HCACache(recent=self.empty_recent(batch, length, dtype, spare), past=past)
 
   def cache_axes(self) -> 'HCACache':
     """Returns the logical axes of the cache."""
-    return HCACache(recent=RECENT_AXES, past=COMPRESSED_AXES)
+    return HCACache(recent=RECENT_AXES, past=COMPRESSED_AXES)  # type: ignore[arg-type]
 
 
 @struct.dataclass
 class HCACache:
   """The last tokens [B, W, C], and the entries [B, N, C] of all."""
 
-  recent: Recent
+  recent: jax.Array
   past: Compressed
 
 

@@ -28,8 +28,15 @@ class AttentionConfig(Protocol):
     and tokens of segment 0 (padding) leave no trace.
     """
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Cache:
-    """Returns the cache of `batch` sequences of up to `length` tokens, holding nothing."""
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> Cache:
+    """Returns the cache of `batch` sequences of up to `length` tokens, holding nothing.
+
+    Of the tokens fed last, up to `spare` can be taken back: feeding then goes on at an earlier
+    position, and gives what it would have given without them.
+
+    Raises:
+      ConfigError: `spare` is not 0, and this kind cannot take tokens back.
+    """
 
   def cache_axes(self) -> Any:
     """Returns the logical axis names of the cache: its structure, tuples as leaves."""

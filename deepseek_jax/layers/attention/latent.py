@@ -335,8 +335,9 @@ class MLA(Latent):
     """Returns the module."""
     return MLAttention(self, name=name)
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> LatentCache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> LatentCache:
     """Returns an empty cache of `length` slots; a token's slot is its position."""
+    del spare  # A later token is not seen, and is written over when its position comes again.
     return empty_latent_cache(self, batch, length, dtype)
 
   def cache_axes(self) -> LatentCache:

@@ -61,8 +61,9 @@ class MHA:
     """Forward FLOPs a token of scores and values over `length` causal tokens, on average."""
     return 4 * self.heads * self.head_dim * (length + 1) / 2
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'HeadCache':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'HeadCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
+    del spare  # A later token is not seen, and is written over when its position comes again.
     return empty_head_cache(batch, length, self.groups, self.head_dim, dtype)
 
   def cache_axes(self) -> 'HeadCache':

@@ -11,6 +11,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
+from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.mha import (
   HEAD_CACHE_AXES,
@@ -20,7 +21,6 @@ from deepseek_jax.layers.attention.mha import (
 )
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shards import attend_groups_sharded, attend_sharded
-from deepseek_jax.layers.attention.shared_window import latest
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import Met, vector, weight
 from deepseek_jax.ops.attention.pieces import cut, joined
@@ -125,17 +125,15 @@ class NSA:
       found[f'{name}_places'] = Met(0.0)
     return found
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'NSACache':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'NSACache':
     """Returns an empty cache: all tokens once, their entries, and the last tokens twice."""
     width = self.kv_heads * (self.head_dim + self.values)
     blank = lambda slots: jnp.zeros((batch, slots, width), dtype)  # noqa: E731
-    slots = min(self.window, length)
     return NSACache(
       selected=empty_head_cache(batch, length, self.kv_heads, self.head_dim, dtype, self.values),
       entries=blank(max((length - self.span) // self.stride + 1, 1)),
-      unpooled=blank(self.span - 1),
-      recent=blank(slots),
-      recent_positions=jnp.full((batch, slots), -1, jnp.int32),
+      unpooled=blank(self.span - 1 + spare),
+      recent=blank(min(self.window, length) + spare),
     )
 
   def cache_axes(self) -> 'NSACache':
@@ -145,7 +143,6 @@ class NSA:
       entries=('batch', 'cache_length', None),  # type: ignore[arg-type]
       unpooled=('batch', None, None),  # type: ignore[arg-type]
       recent=('batch', None, None),  # type: ignore[arg-type]
-      recent_positions=('batch', None),  # type: ignore[arg-type]
     )
 
 
@@ -156,16 +153,15 @@ class NSACache:
   Attributes:
     selected: keys and values of all tokens, for the branch of selected blocks.
     entries: [B, N, W] entries so far; slot i begins at position i · stride.
-    unpooled: [B, span - 1, W] the last tokens of the first branch, which entries to come need.
-    recent: [B, window, W] the last tokens of the third branch, the newest last.
-    recent_positions: [B, window] int32; -1 where there is none.
+    unpooled: [B, span - 1 or more, W] a ring of the last tokens of the first branch, which entries
+      to come need.
+    recent: [B, window or more, W] a ring of the last tokens of the third branch.
   """
 
   selected: HeadCache
   entries: jax.Array
   unpooled: jax.Array
   recent: jax.Array
-  recent_positions: jax.Array
 
 
 class Pairs(NamedTuple):
@@ -258,12 +254,12 @@ class NativeSparseAttention(HeadAttention):
       return Pairs(key, value, context.positions, context.segments), None
     flat = self.flat(key, value)
     own = jnp.where(context.real, context.positions, -1)
-    rows = jnp.concatenate([cache.recent.astype(x.dtype), flat], axis=1)
-    positions = jnp.concatenate([cache.recent_positions, own], axis=1)
-    cache = cache.replace(
-      recent=latest(cache.recent, flat, context.real),
-      recent_positions=latest(cache.recent_positions, own, context.real),
-    )
+    count = min(self.config.window, cache.recent.shape[1])
+    old, places = ring.before(cache.recent, context.positions, count)
+    rows = jnp.concatenate([old.astype(x.dtype), flat], axis=1)
+    positions = jnp.concatenate([jnp.maximum(places, -1), own], axis=1)
+    recent = ring.write(cache.recent, flat, context.positions, context.real)
+    cache = cache.replace(recent=recent)
     return Pairs(*self.apart(rows), positions, None), cache
 
   def compress(
@@ -277,18 +273,18 @@ class NativeSparseAttention(HeadAttention):
       entries = Pairs(*self.apart(self.pool(flat, spans)), spans.positions, spans.segments)
       return entries, spans, None
     earlier = c.span - 1
-    before = context.positions[:, :1] + jnp.arange(-earlier, 0)
+    old, before = ring.before(cache.unpooled, context.positions, earlier)
     positions = jnp.concatenate([before, context.positions], axis=1)
     there = jnp.concatenate([before >= 0, context.real], axis=1)
     spans = find_spans(positions, there.astype(jnp.int32), c.span, c.stride, first=earlier)
-    made = self.pool(jnp.concatenate([cache.unpooled.astype(x.dtype), flat], axis=1), spans)
+    made = self.pool(jnp.concatenate([old.astype(x.dtype), flat], axis=1), spans)
     slots = cache.entries.shape[1]
     place = jnp.where(spans.positions < 0, slots, (spans.positions - earlier) // c.stride)
     rows = jnp.arange(x.shape[0])[:, None]
     made = made.astype(cache.entries.dtype)
     cache = cache.replace(
       entries=cache.entries.at[rows, place].set(made, mode='drop'),
-      unpooled=latest(cache.unpooled, flat, context.real),
+      unpooled=ring.write(cache.unpooled, flat, context.positions, context.real),
     )
     # Where an entry lies says when it is complete. A query sees none of what is not there yet.
     ends = jnp.broadcast_to(jnp.arange(slots) * c.stride + earlier, (x.shape[0], slots))

@@ -128,8 +128,18 @@ class Recurrent(Latent):
     made = (length - 1) // self.size / length
     return super().mixing_flops(length) + slots * (2 * self.latent + up * made)
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'RecurrentCache':
-    """Returns an empty cache, of the same size whatever `length` is."""
+  def empty_cache(
+    self, batch: int, length: int, dtype: DTypeLike, spare: int = 0
+  ) -> 'RecurrentCache':
+    """Returns an empty cache, of the same size whatever `length` is.
+
+    Raises:
+      ConfigError: `spare` is not 0.
+    """
+    if spare:
+      raise ConfigError(
+        'Recurrent cannot take tokens back: its memory is a running sum of all that it has read'
+      )
     slots = self.memory.total
     pool = empty_pool(batch, slots, self.latent)
     seen = empty_latent_cache(self, batch, self.size + slots, dtype)

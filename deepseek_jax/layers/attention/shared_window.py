@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
+from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.context import Context
@@ -67,13 +67,9 @@ class Shared:
     """Forward FLOPs a token of scores and values over `length` causal tokens, on average."""
     return 4 * self.heads * self.head_dim * self.window_tokens(length)
 
-  def empty_recent(self, batch: int, length: int, dtype: DTypeLike) -> 'Recent':
-    """Returns the memory of the last tokens that a window reaches back to, holding nothing."""
-    slots = min(self.window, length)
-    return Recent(
-      keys=jnp.zeros((batch, slots, self.head_dim), dtype),
-      positions=jnp.full((batch, slots), -1, jnp.int32),
-    )
+  def empty_recent(self, batch: int, length: int, dtype: DTypeLike, spare: int) -> jax.Array:
+    """Returns the ring [B, W + spare, C] of the last tokens' rotated keys, holding nothing."""
+    return jnp.zeros((batch, min(self.window, length) + spare, self.head_dim), dtype)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,42 +83,16 @@ class SharedWindow(Shared):
     """Returns the module."""
     return SharedWindowAttention(self, name=name)
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'Recent':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> jax.Array:
     """Returns an empty cache of the last `window` tokens."""
-    return self.empty_recent(batch, length, dtype)
+    return self.empty_recent(batch, length, dtype, spare)
 
-  def cache_axes(self) -> 'Recent':
+  def cache_axes(self) -> tuple[str | None, ...]:
     """Returns the logical axes of the cache."""
     return RECENT_AXES
 
 
-@struct.dataclass
-class Recent:
-  """The last tokens of each row, the newest in the last slot.
-
-  Attributes:
-    keys: [B, W, C] rotated keys.
-    positions: [B, W] int32; -1 where there is none.
-  """
-
-  keys: jax.Array
-  positions: jax.Array
-
-
-RECENT_AXES = Recent(
-  keys=('batch', None, None),  # type: ignore[arg-type]
-  positions=('batch', None),  # type: ignore[arg-type]
-)
-
-
-def latest(old: jax.Array, new: jax.Array, real: jax.Array) -> jax.Array:
-  """Drops the oldest of `old` [B, P, …] for the tokens of `new` [B, T, …] that are `real` [B, T].
-
-  What is not real comes last in a row.
-  """
-  both = jnp.concatenate([old, new.astype(old.dtype)], axis=1)
-  places = jnp.sum(real, axis=1, dtype=jnp.int32)[:, None] + jnp.arange(old.shape[1])
-  return jax.vmap(lambda x, i: x[i])(both, places)
+RECENT_AXES = ('batch', None, None)
 
 
 def one_sequence(context: Context) -> Context:
@@ -161,18 +131,16 @@ class SharedAttention(nn.Module):
     return self.rotate(key, context.positions)
 
   def recall(
-    self, key: jax.Array, context: Context, recent: Recent | None
-  ) -> tuple[Keys, Recent | None]:
+    self, key: jax.Array, context: Context, recent: jax.Array | None
+  ) -> tuple[Keys, jax.Array | None]:
     """Returns the tokens [B, P + T, C] that windows look into, and the memory after them."""
     if recent is None:
       return Keys(key, context.positions, context.segments), None
+    old, places = ring.before(recent, context.positions, min(self.config.window, recent.shape[1]))
     own = jnp.where(context.real, context.positions, -1)
-    positions = jnp.concatenate([recent.positions, own], axis=1)
-    rows = jnp.concatenate([recent.keys.astype(key.dtype), key], axis=1)
-    after = Recent(
-      keys=latest(recent.keys, key, context.real),
-      positions=latest(recent.positions, own, context.real),
-    )
+    positions = jnp.concatenate([jnp.maximum(places, -1), own], axis=1)
+    rows = jnp.concatenate([old.astype(key.dtype), key], axis=1)
+    after = ring.write(recent, key, context.positions, context.real)
     return Keys(rows, positions, jnp.where(positions < 0, 0, 1)), after
 
   def attend(

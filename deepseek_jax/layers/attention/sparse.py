@@ -158,8 +158,9 @@ class DSA(Latent):
     per_pair = 2 * self.heads * (2 * self.latent + self.rope_dim)
     return per_pair * self.visible_tokens(length) + index
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> 'SparseCache':
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'SparseCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
+    del spare  # See MLA.
     c, query, weights = self.indexer, None, None
     if isinstance(self.sharing, Shared):
       blocks = -(-length // self.sharing.block)

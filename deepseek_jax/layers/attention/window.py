@@ -53,9 +53,9 @@ class Window(Latent):
     ring, sinks = self.size, self.sinks
     return sum(min(t + 1, ring) + min(max(t + 1 - ring, 0), sinks) for t in range(length)) / length
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> LatentCache:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> LatentCache:
     """Returns an empty cache: slots for the sinks, then a ring of `size`; at most `length`."""
-    return empty_latent_cache(self, batch, min(self.sinks + self.size, length), dtype)
+    return empty_latent_cache(self, batch, min(self.sinks + self.size + spare, length), dtype)
 
   def cache_axes(self) -> LatentCache:
     """Returns the logical axes of the cache."""
@@ -82,7 +82,9 @@ class WindowAttention(LatentAttention):
       # A block of queries may be longer than the ring: attend to what the ring holds and to the
       # block itself, then write.
       own = jnp.where(context.real, positions, -1)
-      key_positions = jnp.concatenate([cache.positions, own], axis=1)
+      # What stands at or after the first of the block was taken back.
+      held = jnp.where(cache.positions < positions[:, :1], cache.positions, -1)
+      key_positions = jnp.concatenate([held, own], axis=1)
       key = (_extend(cache.latent, new[0]), _extend(cache.rope_key, new[1]))
       cache = cache.write(self.slots(own, cache.positions.shape[1]), *new, positions)
       heads = self.mix_seen(query, key, Seen(positions, key_positions), context, (size, sinks))

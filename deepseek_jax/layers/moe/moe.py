@@ -106,10 +106,10 @@ class MoE:
     """How many sets of matrices lie on the devices: what a dispatch takes for experts."""
     return self.experts if self.placement is None else self.placement.slots
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> Any:
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> Any:
     """Returns what the router remembers of rows without a token, [B, …]; None if it does not."""
     if isinstance(self.router, Remembering):
-      return self.router.empty_cache(batch, length, dtype)
+      return self.router.empty_cache(batch, length, dtype, spare)
     return None
 
   def build(self, name: str | None = None) -> nn.Module:

@@ -65,7 +65,7 @@ def test_obeys_the_protocol(kind):
   cache = jax.eval_shape(lambda: kind.empty_cache(3, 11, jnp.bfloat16))
   axes = jax.tree.leaves(kind.cache_axes(), is_leaf=lambda leaf: isinstance(leaf, tuple))
   leaves = jax.tree.leaves(cache)
-  assert len(axes) == len(leaves) > 1
+  assert len(axes) == len(leaves) > 0
   for names, leaf in zip(axes, leaves):
     assert len(names) == leaf.ndim
     assert names[0] == 'batch'

@@ -225,7 +225,7 @@ def test_mixing_flops(kind):
 def test_cache_sizes():
   """What is kept of 64 tokens: a window, an entry a block, and the tokens of open blocks."""
   cache = jax.eval_shape(lambda: KINDS['csa'].empty_cache(3, 64, jnp.bfloat16))
-  assert cache.recent.keys.shape == (3, 5, 8)
+  assert cache.recent.shape == (3, 5, 8)
   assert cache.past.entries.shape == (3, 16, 8)
   assert cache.past.values.shape == (3, 7, 16)
   assert cache.index.entries.shape == (3, 16, 6)

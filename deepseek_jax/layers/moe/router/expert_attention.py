@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.moe.interface import Assignment, Limits
 from deepseek_jax.layers.moe.router.logits import limited_logits
@@ -28,7 +29,8 @@ class ExpertAttention:
   context and e_i learnt embeddings, scores are softmax_i((W_q [x ; c]) · (W_k e_i) / √d). A
   selection bias decides as in `Sigmoid`; weights are renormalised and scaled.
 
-  In generation it remembers, for each row and layer, one sum of d numbers.
+  In generation it remembers, for each row and layer, one sum of d numbers, and as many more as
+  tokens can be taken back.
 
   Attributes:
     dim: size d of queries, keys and expert embeddings.
@@ -48,9 +50,12 @@ class ExpertAttention:
     """Returns what is wrong with routing to `top_k` of `experts` experts: never anything."""
     return []
 
-  def empty_cache(self, batch: int, length: int, dtype: DTypeLike) -> jax.Array:
-    """Returns what it remembers of `batch` rows without a token: sums and counts [B, d + 1]."""
-    return jnp.zeros((batch, self.dim + 1), jnp.float32)
+  def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> jax.Array:
+    """Returns what it remembers of `batch` rows without a token.
+
+    Sums and counts after each of the last tokens [B, spare + 1, d + 1], a ring.
+    """
+    return jnp.zeros((batch, spare + 1, self.dim + 1), jnp.float32)
 
   def build(self, experts: int, top_k: int, name: str | None = None) -> nn.Module:
     """Returns the module."""
@@ -58,7 +63,7 @@ class ExpertAttention:
 
 
 class ExpertAttentionRouter(nn.Module):
-  """[B, T, D] -> `Assignment` of N = B·T tokens, with the cache [B, d + 1] if it is given one."""
+  """[B, T, D] -> `Assignment` of N = B·T tokens, and the cache [B, R, d + 1] if one is given."""
 
   config: ExpertAttention
   experts: int
@@ -115,7 +120,8 @@ def running_mean(
   Args:
     x: [B, T, C] float32.
     context: facts about the tokens.
-    cache: [B, C + 1] sums and counts of the tokens before, for rows that go on; or None.
+    cache: [B, R, C + 1] a ring of the sums and counts after each of the last tokens, for rows that
+      go on; or None.
 
   Returns:
     [B, T, C] float32, and the cache with these tokens in it; padding leaves no trace.
@@ -124,7 +130,9 @@ def running_mean(
   if cache is None:
     sums = segment_sums(values, context.segments)
   else:
+    before, places = ring.before(cache, context.positions, 1)
+    before = jnp.where(places[..., None] < 0, 0.0, before)
     values = jnp.where(context.real[..., None], values, 0.0)
-    sums = cache[:, None] + segment_sums(values, jnp.zeros_like(context.segments))
-    cache = sums[:, -1]
+    sums = before + segment_sums(values, jnp.zeros_like(context.segments))
+    cache = ring.write(cache, sums, context.positions, context.real)
   return sums[..., :-1] / jnp.maximum(sums[..., -1:], 1.0), cache

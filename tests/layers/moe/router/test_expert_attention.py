@@ -79,7 +79,7 @@ def test_a_cache_goes_on_where_a_block_ended(setup):
   assert want.cache is None
   run = jax.jit(lambda c, x, context: config.build(E, K).apply(variables, x, context, cache=c))
   cache = config.empty_cache(2, 7, jnp.float32)
-  assert cache.shape == (2, DIM + 1)
+  assert cache.shape == (2, 1, DIM + 1)
   scores = []
   for start, size in ((0, 3), (3, 1), (4, 3)):
     # One place of padding at the end, with something in it.
@@ -87,7 +87,8 @@ def test_a_cache_goes_on_where_a_block_ended(setup):
     block[:, :size] = x[:, start : start + size]
     part = np.ones((2, size + 1), np.int32)
     part[:, size] = 0
-    got = run(cache, block, context.replace(tokens=part, positions=part, segments=part))
+    places = np.broadcast_to(start + np.arange(size + 1, dtype=np.int32), part.shape)
+    got = run(cache, block, context.replace(tokens=part, positions=places, segments=part))
     cache = got.cache
     scores.append(np.asarray(got.scores).reshape(2, size + 1, E)[:, :size])
   np.testing.assert_allclose(np.concatenate(scores, axis=1).reshape(14, E), want.scores, rtol=1e-5)
