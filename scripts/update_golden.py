@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / 'tests' / 'golden'
 TINY = (
+  'tiny_v2',
   'tiny_mla',
   'tiny_window',
   'tiny_gated',

@@ -14,7 +14,9 @@ from deepseek_jax.core.override import override
 RELEASED = ('v2_lite', 'v2_236b', 'v3_671b', 'v3_2_671b', 'kimi_k2', 'v4_flash', 'v4_pro')
 
 
-@pytest.mark.parametrize('name', [*RELEASED, 'tiny_mla', 'tiny_dsa', 'tiny_v4', 'quickstart'])
+@pytest.mark.parametrize(
+  'name', [*RELEASED, 'tiny_v2', 'tiny_mla', 'tiny_dsa', 'tiny_v4', 'quickstart']
+)
 def test_there_and_back(name):
   """What was only of use in training is left out."""
   model = load_config(name).model

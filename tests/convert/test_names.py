@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import quickstart, tiny_dsa, tiny_gated, tiny_mla, tiny_v4, v2_lite
+from configs import quickstart, tiny_dsa, tiny_gated, tiny_mla, tiny_v2, tiny_v4
 from deepseek_jax.convert.lazy import stored
 from deepseek_jax.convert.names import as_in_transformers, as_transformers_saves, names_of
 from deepseek_jax.core.config import ConfigError
@@ -51,19 +51,7 @@ def test_tensors_of_the_released_files():
 
 
 TINY = {
-  'v2': lambda: override(
-    v2_lite.get_config(),
-    {
-      'model.depth': 2,
-      'model.width': 12,
-      'model.vocab': 32,
-      'model.attention': 'MLA(heads=3, nope_dim=4, rope_dim=2, value_dim=5, latent=7)',
-      'model.dense': 'SwiGLU(hidden=9)',
-      'model.feed_forward.experts': 4,
-      'model.feed_forward.top_k': 2,
-      'model.feed_forward.hidden': 6,
-    },
-  )[0],
+  'v2': tiny_v2.get_config,
   'v3': tiny_mla.get_config,
   'v3_2': tiny_dsa.get_config,
   'v4': tiny_v4.get_config,

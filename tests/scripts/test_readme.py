@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
-  (code,) = blocks('python')
+  code, published = blocks('python')
   words = np.random.default_rng(0).choice('she was very fond of the LORD'.split(), 3000)
   (tmp_path / 'text.txt').write_text(
     '\n\n'.join(' '.join(words[i : i + 50]) for i in range(0, 3000, 50))
@@ -53,6 +53,9 @@ def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
   assert len(names['losses']) == 10
   assert names['losses'][-1] < names['losses'][0]
   assert names['trained'].step == 10
+  exec(published.replace("'tests/", f"'{ROOT}/tests/"), names)
+  assert names['model'].logits(names['rows']).shape == (3, 7, 96)
+  assert names['gated'].fresh
 
 
 def test_the_swaps_are_valid():
