@@ -5,7 +5,8 @@
   python scripts/update_golden.py --only=shardings/ [--write]
 
 For each config: its repr; plan, parameters and cost; how every array of the training state lies on
-the mesh under each preset; and for the tiny configs the losses of 20 steps on one CPU device.
+the mesh under each preset; for the tiny configs the losses of 20 steps on one CPU device, and for
+one of each family the mean losses of 200.
 """
 
 import dataclasses
@@ -14,9 +15,10 @@ import functools
 import math
 import os
 import pathlib
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import app, flags
@@ -47,6 +49,12 @@ CURVE_STEPS = 20
 CURVE_TOLERANCE = {'step': 0.0, 'loss': 1e-4, 'mtp_loss': 1e-4, 'grad_norm': 5e-3}
 """Relative, by column. Between ways of compiling and between one device and eight, losses were seen
 to differ by 5e-6 and norms by 5e-4; a step that computes something else differs more at once."""
+FAMILIES = ('tiny_v2', 'tiny_mla', 'tiny_dsa', 'tiny_v4')
+"""The smallest runs of V2, V3, V3.2 and V4, which are trained on for 200 steps."""
+TRAINING_STEPS, TRAINING_MEAN = 200, 20
+TRAINING_TOLERANCE = {'step': 0.0, 'loss': 0.02, 'mtp_loss': 0.02}
+"""Relative, of means of 20 steps: what rounding is off by grows from step to step."""
+TOLERANCES = {'curves': CURVE_TOLERANCE, 'trainings': TRAINING_TOLERANCE}
 SHOWN_LINES = 60
 COMMAND = 'python scripts/update_golden.py --write'
 
@@ -117,12 +125,37 @@ def _array_lines(prefix: str, tree: Any) -> Iterator[str]:
 
 def curve_text(config: str, cache_dir: pathlib.Path) -> str:
   """Returns the loss of each of the first 20 steps on one CPU device."""
+  rows = train(load(config), CURVE_STEPS, cache_dir)
+  return _table({'step': range(CURVE_STEPS), **rows})
+
+
+def training_text(config: str, cache_dir: pathlib.Path) -> str:
+  """Returns the mean losses of every 20 of 200 steps on one CPU device."""
+  experiment = dataclasses.replace(load(config), train_steps=TRAINING_STEPS)
+  rows = train(experiment, TRAINING_STEPS, cache_dir)
+  del rows['grad_norm']
+  starts = range(0, TRAINING_STEPS, TRAINING_MEAN)
+  means = {
+    name: [statistics.mean(values[start : start + TRAINING_MEAN]) for start in starts]
+    for name, values in rows.items()
+  }
+  return _table({'step': starts, **means})
+
+
+def _table(columns: dict[str, Sequence[float]]) -> str:
+  lines = [' '.join(columns)]
+  lines += [' '.join(f'{x:.7g}' for x in row) for row in zip(*columns.values(), strict=True)]
+  return '\n'.join(lines) + '\n'
+
+
+def train(experiment: 'Experiment', steps: int, cache_dir: pathlib.Path) -> dict[str, list[float]]:
+  """Returns the losses and the norm of the gradient of each step, by name."""
   import jax
 
   from deepseek_jax.sharding.mesh import MeshConfig
   from deepseek_jax.train.step import build_program
 
-  experiment = dataclasses.replace(load(config), mesh=MeshConfig())
+  experiment = dataclasses.replace(experiment, mesh=MeshConfig())
   program = build_program(experiment, jax.devices('cpu')[:1])
   # The compiler's last polish takes longer than all the steps.
   options = {'xla_backend_optimization_level': 0}
@@ -133,12 +166,12 @@ def curve_text(config: str, cache_dir: pathlib.Path) -> str:
   names: tuple[str, ...] = ('loss', 'grad_norm')
   if experiment.model.mtp is not None:
     names = ('loss', 'mtp_loss', 'grad_norm')
-  lines = [' '.join(('step', *names))]
-  for number in range(CURVE_STEPS):
+  rows: dict[str, list[float]] = {name: [] for name in names}
+  for _ in range(steps):
     state, metrics = step(state, jax.device_put(next(batches), program.batch_sharding))
-    figures = (float(metrics[name]) for name in names)
-    lines.append(' '.join([str(number), *(f'{figure:.7g}' for figure in figures)]))
-  return '\n'.join(lines) + '\n'
+    for name, values in rows.items():
+      values.append(float(metrics[name]))
+  return rows
 
 
 def files(cache_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
@@ -151,6 +184,8 @@ def files(cache_dir: pathlib.Path) -> dict[str, Callable[[], str]]:
     made[f'shardings/{name}.txt'] = functools.partial(sharding_text, name)
   for name in TINY:
     made[f'curves/{name}.txt'] = functools.partial(curve_text, name, cache_dir)
+  for name in FAMILIES:
+    made[f'trainings/{name}.txt'] = functools.partial(training_text, name, cache_dir)
   return made
 
 
@@ -165,7 +200,8 @@ def compare(path: str, found: str) -> str:
   if not file.is_file():
     return f'tests/golden/{path} is missing; to write it: {COMMAND}'
   expected = file.read_text(encoding='utf-8')
-  if found == expected or (path.startswith('curves/') and _close(expected, found)):
+  tolerance = TOLERANCES.get(path.partition('/')[0])
+  if found == expected or (tolerance and _close(expected, found, tolerance)):
     return ''
   difference = list(
     difflib.unified_diff(
@@ -179,12 +215,14 @@ def compare(path: str, found: str) -> str:
   )
 
 
-def _close(expected: str, found: str) -> bool:
-  """Whether two tables of numbers under the same headers agree within the tolerances."""
+def _close(expected: str, found: str, tolerance: dict[str, float]) -> bool:
+  """Whether two tables of numbers under the same headers agree, column by column."""
   rows, others = ([line.split() for line in text.splitlines()] for text in (expected, found))
   if [len(row) for row in rows] != [len(row) for row in others] or rows[0] != others[0]:
     return False
-  limits = [CURVE_TOLERANCE[header] for header in rows[0]]
+  if not set(rows[0]) <= tolerance.keys():
+    return False
+  limits = [tolerance[header] for header in rows[0]]
   return all(
     math.isclose(float(a), float(b), rel_tol=limit)
     for row, other in zip(rows[1:], others[1:])

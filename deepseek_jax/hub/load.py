@@ -22,10 +22,17 @@ from deepseek_jax.core.serialise import from_json
 from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.progress import Progress, say
-from deepseek_jax.hub.pretrained import Pretrained, decoder_of, shapes_of
+from deepseek_jax.hub.pretrained import (
+  Pretrained,
+  decoder_of,
+  regrouped,
+  segments_of,
+  shapes_of,
+)
 from deepseek_jax.infer.decode import Variables
-from deepseek_jax.models.decoder import init_variables, plan_segments
+from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.models.plan import locate
+from deepseek_jax.models.remat import Unrolled
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
@@ -115,8 +122,13 @@ def _of_run(
       f'{folder / str(step)}: its config is no Experiment but {type(experiment).__name__}'
     )
   variables = {'params': params, 'buffers': buffers}
-  _require_equal(folder / str(step), variables, shapes_of(decoder_of(experiment)))
+  saved = decoder_of(experiment)
+  _require_equal(folder / str(step), variables, shapes_of(saved))
   experiment = dataclasses.replace(experiment, **changes)
+  # Of arrays in the host's memory these are views.
+  apart = _apart()
+  wanted = segments_of(decoder_of(experiment, apart))
+  variables = regrouped(variables, segments_of(saved), wanted)
   if not changes:
     variables = jax.tree.map(jnp.asarray, variables)
   else:
@@ -126,7 +138,7 @@ def _of_run(
       variables,
       places_of(experiment, dtype, 'mesh' in changes),
     )
-  return Pretrained(experiment=experiment, variables=variables, step=step)
+  return Pretrained(experiment=experiment, variables=variables, step=step, apart=apart)
 
 
 def _require_equal(path: pathlib.Path, found: Variables, wanted: Variables) -> None:
@@ -161,7 +173,9 @@ def _published(folder: pathlib.Path, changes: Mapping[str, Any]) -> Pretrained:
   experiment = dataclasses.replace(experiment, **changes)
   dtype, on_mesh = experiment.precision.compute, 'mesh' in changes
   places = places_of(experiment, dtype, on_mesh)
-  loading = prepare(model, tensors, addresses(places, plan_segments(model)))
+  apart = _apart()
+  segments = segments_of(decoder_of(experiment, apart))
+  loading = prepare(model, tensors, addresses(places, segments))
   if loading.manifest.without_mtp:
     experiment = dataclasses.replace(experiment, model=loading.model)
     places = places_of(experiment, dtype, on_mesh)
@@ -170,11 +184,13 @@ def _published(folder: pathlib.Path, changes: Mapping[str, Any]) -> Pretrained:
   def tell(done: int) -> None:
     progress.update(done // 1_000_000)
 
-  variables = load(loading.parts, places, plan_segments(loading.model), tell)
+  segments = segments_of(decoder_of(experiment, apart))
+  variables = load(loading.parts, places, segments, tell)
   progress.finish(loading.manifest.bytes // 1_000_000)
   return Pretrained(
     experiment=experiment,
     variables=variables,
+    apart=apart,
     template=template_of(folder),
     manifest=loading.manifest,
   )
@@ -191,8 +207,8 @@ def places_of(experiment: Experiment, dtype: str, on_mesh: bool) -> Variables:
   Raises:
     ConfigError: the mesh does not fit the devices, or does not divide an array.
   """
-  decoder = decoder_of(experiment)
-  segments = plan_segments(decoder.config, decoder.remat)
+  decoder = decoder_of(experiment, _apart())
+  segments = segments_of(decoder)
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   shapes = nn.meta.unbox(boxed)
   shardings: dict[str, Any] = {}
@@ -213,6 +229,11 @@ def places_of(experiment: Experiment, dtype: str, on_mesh: bool) -> Variables:
     placed[home] = jax.ShapeDtypeStruct(whole, kind, sharding=shardings.get(home, first))
   tree = unflatten(placed)
   return {name: tree.get(name, {}) for name in shapes}
+
+
+def _apart() -> Unrolled | None:
+  """Each layer by itself on a CPU, where scans take most of the time of a token."""
+  return Unrolled() if jax.default_backend() == 'cpu' else None
 
 
 def _find(path: str, folder: pathlib.Path) -> pathlib.Path:

@@ -34,6 +34,8 @@ from deepseek_jax.models.decoder import (
 )
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
+from deepseek_jax.models.plan import Segment
+from deepseek_jax.models.remat import Unrolled
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import build_program
@@ -52,6 +54,8 @@ class Pretrained:
     step: training steps so far.
     fresh: addresses of weights that no training step has seen, such as
       `params/layers/0/attention/gate`.
+    apart: `Unrolled()` where each layer has arrays of its own, which is faster on a CPU; None where
+      layers lie together as the run trains them.
     template: how it was taught conversations, as Jinja, or None.
     manifest: of a published folder, what was done with each of its tensors.
   """
@@ -60,13 +64,14 @@ class Pretrained:
   variables: Variables
   step: int = 0
   fresh: tuple[str, ...] = ()
+  apart: Unrolled | None = None
   template: str | None = None
   manifest: Manifest | None = None
 
   @functools.cached_property
   def decoder(self) -> Decoder:
     """The module: `decoder.apply(variables, context)`."""
-    return decoder_of(self.experiment)
+    return decoder_of(self.experiment, self.apart)
 
   @functools.cached_property
   def tokenizer(self) -> Tokenizer:
@@ -178,7 +183,7 @@ class Pretrained:
     """
     named = {f'model.{name}': value for name, value in changes.items()}
     experiment, _ = override(self.experiment, named)
-    decoder = decoder_of(experiment)
+    decoder = decoder_of(experiment, self.apart)
     variables, fresh = transplant(
       _canonical(self.variables, self.decoder), decoder, experiment.seed
     )
@@ -187,6 +192,7 @@ class Pretrained:
       experiment=experiment,
       variables=variables,
       fresh=tuple(dict.fromkeys((*still, *fresh))),
+      apart=self.apart,
       template=self.template,
     )
 
@@ -205,7 +211,7 @@ class Pretrained:
     """
     folder = pathlib.Path(path).expanduser().absolute() / 'checkpoints'
     with Checkpoints(folder) as checkpoints:
-      state = {'params': self.variables['params'], 'buffers': self.variables['buffers']}
+      state = regrouped(self.variables, segments_of(self.decoder), run_segments(self.experiment))
       checkpoints.save(self.step, state, {'step': self.step}, to_json(self.experiment))
     return folder / str(self.step)
 
@@ -226,7 +232,7 @@ class Pretrained:
     Raises:
       ConfigError: no published model has such parts, or the folder holds something else.
     """
-    segments = plan_segments(self.decoder.config, self.decoder.remat)
+    segments = segments_of(self.decoder)
     model = self.experiment.model
     if not isinstance(model, DeepSeekV3 | DeepSeekV4):
       raise ConfigError(f'export: no published model is like {type(model).__name__}')
@@ -269,15 +275,17 @@ class Pretrained:
     program = build_program(self.experiment)
     data = self.experiment.data.prepare(pathlib.Path(cache_dir).expanduser())
     state = program.init(jax.random.key(self.experiment.seed))
+    ours, theirs = segments_of(self.decoder), run_segments(self.experiment)
+    given = regrouped(self.variables, ours, theirs)
     # Copies: the step gives the memory of its state away, and this model must stay whole.
     place = functools.partial(jax.tree.map, lambda x, like: _copy_to(like, x))
     state = dataclasses.replace(
       state,
       step=place(jnp.int32(self.step), state.step),
-      params=place(self.variables['params'], state.params),
-      buffers=place(self.variables['buffers'], state.buffers),
+      params=place(given['params'], state.params),
+      buffers=place(given['buffers'], state.buffers),
       # An average begins at the weights that training begins at.
-      ema=state.ema and place(self.variables['params'], state.ema),
+      ema=state.ema and place(given['params'], state.ema),
     )
     losses = []
     batches = data.train_batches(self.step)
@@ -287,8 +295,9 @@ class Pretrained:
       losses.append(metrics['loss'])
     trained = Pretrained(
       experiment=self.experiment,
-      variables={'params': state.params, 'buffers': state.buffers},
+      variables=regrouped({'params': state.params, 'buffers': state.buffers}, theirs, ours),
       step=self.step + steps,
+      apart=self.apart,
       template=self.template,
     )
     return trained, [float(loss) for loss in losses]
@@ -321,15 +330,32 @@ def transplant(layers: Variables, decoder: Decoder, seed: int) -> tuple[Variable
 
   new = draw(jax.random.key(seed)) if fresh else {}
   tree = unflatten({address: new.get(address, old.get(address)) for address in wanted})
-  segments = plan_segments(decoder.config, decoder.remat)
+  segments = segments_of(decoder)
   # A model may have no buffers at all, and then no address says that there is such a collection.
   return {name: grouped(tree.get(name, {}), segments) for name in ('params', 'buffers')}, fresh
 
 
-def decoder_of(experiment: Experiment) -> Decoder:
-  """Returns the module of a run."""
+def decoder_of(experiment: Experiment, apart: Unrolled | None = None) -> Decoder:
+  """Returns the module of a run, with its layers grouped as in training unless `apart`."""
   dtype = jnp.dtype(experiment.precision.compute)
-  return experiment.model.build(dtype=dtype, remat=experiment.remat)
+  return experiment.model.build(dtype=dtype, remat=apart or experiment.remat)
+
+
+def segments_of(decoder: Decoder) -> tuple[Segment, ...]:
+  """Returns how the layers of a module are grouped."""
+  return plan_segments(decoder.config, decoder.remat)
+
+
+def run_segments(experiment: Experiment) -> tuple[Segment, ...]:
+  """Returns how the layers of a run are grouped, in training and in its checkpoints."""
+  return plan_segments(experiment.model, experiment.remat)
+
+
+def regrouped(variables: Variables, old: Sequence[Segment], new: Sequence[Segment]) -> Variables:
+  """Returns variables whose layers are grouped in another way."""
+  if tuple(old) == tuple(new):
+    return variables
+  return {name: grouped(canonical(tree, old), new) for name, tree in variables.items()}
 
 
 def shapes_of(decoder: Decoder) -> Variables:
@@ -339,7 +365,7 @@ def shapes_of(decoder: Decoder) -> Variables:
 
 
 def _canonical(variables: Variables, decoder: Decoder) -> Variables:
-  segments = plan_segments(decoder.config, decoder.remat)
+  segments = segments_of(decoder)
   return {name: canonical(tree, segments) for name, tree in variables.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the backward pass recomputes instead of remembering."""
+"""What the backward pass recomputes instead of remembering, and how layers are grouped for it."""
 
 import dataclasses
 import math
@@ -100,7 +100,26 @@ class Compressed:
     return _remember_rounded(module, self.block, scanned)
 
 
-Remat = EveryLayer | SquareRoot | Save | Compressed
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unrolled:
+  """Remembers everything, and runs every layer by itself: for models that are used.
+
+  A scan copies the weights of each layer out of the array of all layers before it multiplies with
+  them, all experts among them. Where few tokens are read at once on a CPU, that is most of the
+  time. Programs are larger, and so take longer to compile.
+  """
+
+  def regroup(self, segments: Sequence[Segment]) -> tuple[Segment, ...]:
+    """Returns a plan without scans."""
+    return unroll(segments, max(part.repeats for part in segments))
+
+  def wrap(self, module: Any, scanned: bool) -> Any:
+    """Returns the module class as it is."""
+    del scanned
+    return module
+
+
+Remat = EveryLayer | SquareRoot | Save | Compressed | Unrolled
 
 
 def _remember_rounded(module: Any, block: int, scanned: bool) -> Any:

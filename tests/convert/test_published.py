@@ -1,10 +1,13 @@
 """Tensors of published folders as plain numbers: FP8 tiles, FP4 blocks, experts in one tensor."""
 
+import flax.linen as nn
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
 from configs import tiny_mla, tiny_v4
+from deepseek_jax.convert import load
 from deepseek_jax.convert.lazy import stored
 from deepseek_jax.convert.load import prepare
 from deepseek_jax.convert.names import as_in_transformers, names_of
@@ -12,6 +15,10 @@ from deepseek_jax.convert.published import dequantised, open_published, unpacked
 from deepseek_jax.convert.safetensors import write_folder
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.formats import float4, float8
+from deepseek_jax.models.decoder import init_variables, plan_segments
+from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
+from deepseek_jax.sharding.presets import EXPERT
+from deepseek_jax.sharding.rules import logical_axes, tree_shardings, tree_specs
 from tests.convert.test_names import shapes_of
 
 RNG = np.random.default_rng(0)
@@ -137,3 +144,32 @@ def test_copies_have_to_be_copies():
   tensors[copy] = tensors[copy] + 1
   with pytest.raises(ConfigError, match=f'1 of .* tensors are no copies: {copy}: differs from'):
     prepare(model, lazies(tensors), shapes_of(model))
+
+
+@pytest.mark.parametrize('small', [0, 1 << 26])
+def test_layers_of_a_scan(small, monkeypatch):
+  """Read together if they are small, else one after the other; each device its own part."""
+  monkeypatch.setattr(load, 'SMALL', small)
+  model = tiny_v4.get_config().model
+  ours, tensors = published(model)
+  mesh = make_mesh(MeshConfig(data=4, expert=2))
+  boxed = jax.eval_shape(lambda key: init_variables(model.build(), key), jax.random.key(0))
+  shardings = tree_shardings(mesh, tree_specs(EXPERT, logical_axes(boxed)))
+  places = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    nn.unbox(boxed),
+    shardings,
+  )
+  segments = plan_segments(model)
+  assert any(part.repeats > 1 for part in segments)
+  done = []
+  parts = prepare(model, lazies(tensors), shapes_of(model)).parts
+  found = load.load(parts, places, segments, done.append)
+  assert done == sorted(done)
+  assert done[-1] == sum(x.nbytes for x in ours.values())
+  for leaf, place in zip(jax.tree.leaves(found), jax.tree.leaves(places), strict=True):
+    assert leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim)
+  got = load.addresses(jax.device_get(found), segments)
+  assert got.keys() == ours.keys()
+  for address, x in ours.items():
+    np.testing.assert_array_equal(got[address], x, err_msg=address)

@@ -10,7 +10,10 @@ CURVES = ('curves/tiny_mla.txt', 'curves/tiny_caption.txt')
 """Curves that are made every time: a whole training step is compiled for each."""
 PATHS = [
   pytest.param(
-    path, marks=[pytest.mark.slow] if path.startswith('curves/') and path not in CURVES else []
+    path,
+    marks=[pytest.mark.slow]
+    if path.startswith(('curves/', 'trainings/')) and path not in CURVES
+    else [],
   )
   for path in sorted(update_golden.files(pathlib.Path()))
 ]

@@ -12,6 +12,7 @@ from deepseek_jax.core.serialise import to_json
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.hub import Pretrained, from_pretrained
+from deepseek_jax.hub.pretrained import regrouped, run_segments, segments_of
 from deepseek_jax.infer.sample import Sample
 from deepseek_jax.infer.speculate import Speculate
 from deepseek_jax.layers.attention.latent import MLA
@@ -39,11 +40,16 @@ def apply(model: Pretrained, tokens):
   return model.decoder.apply(model.variables, context, method=forward)[0]
 
 
+def as_saved(model):
+  """The weights of a model, grouped as in the checkpoints of its run."""
+  return regrouped(model.variables, segments_of(model.decoder), run_segments(model.experiment))
+
+
 def test_logits_are_those_of_the_saved_weights(workdir, experiment, variables):
   """From the workdir or from its checkpoints, for text or for tokens."""
   model = from_pretrained(workdir)
   assert (model.step, model.experiment, model.fresh) == (9, experiment, ())
-  jax.tree.map(np.testing.assert_array_equal, model.variables, variables)
+  jax.tree.map(np.testing.assert_array_equal, as_saved(model), variables)
   tokens = [0, *Bytes().build().encode('Number').tolist()]
   logits = model.logits('Number')
   assert logits.shape == (7, 264)
@@ -184,4 +190,4 @@ def test_averaged_weights_are_taken_where_there_are_any(experiment, variables, t
     checkpoints.save(3, state, {'step': 3}, to_json(experiment))
   for weights, expected in ((None, average), ('averaged', average), ('raw', variables['params'])):
     found = from_pretrained(tmp_path, weights=weights)
-    jax.tree.map(np.testing.assert_array_equal, found.variables['params'], expected)
+    jax.tree.map(np.testing.assert_array_equal, as_saved(found)['params'], expected)

@@ -11,7 +11,6 @@ from flax import linen as nn
 from huggingface_hub import constants
 
 from configs import tiny_dsa, tiny_mla, tiny_v4
-from deepseek_jax.convert import load as loading
 from deepseek_jax.convert.export import SUMS, check_sums
 from deepseek_jax.convert.lazy import stored
 from deepseek_jax.convert.published import AHEAD
@@ -21,6 +20,7 @@ from deepseek_jax.core.tree import flatten
 from deepseek_jax.hub import Pretrained, from_pretrained
 from deepseek_jax.hub.pretrained import decoder_of
 from deepseek_jax.models.decoder import init_variables
+from deepseek_jax.models.remat import Unrolled
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT
 
@@ -33,7 +33,7 @@ IDS = [1, 70, 3, 40, 5, 9, 200]
 def published(request, tmp_path_factory):
   """A model with random weights, and the folder it was exported to."""
   experiment = FAMILIES[request.param].get_config()
-  decoder = decoder_of(experiment)
+  decoder = decoder_of(experiment, Unrolled())
   variables = nn.meta.unbox(jax.jit(lambda key: init_variables(decoder, key))(jax.random.key(1)))
   rng = np.random.default_rng(0)
 
@@ -42,7 +42,8 @@ def published(request, tmp_path_factory):
     shift = 0.1 * rng.standard_normal(x.shape).astype(np.float32)
     return x if x.dtype == np.int32 else x + shift
 
-  model = Pretrained(experiment=experiment, variables=jax.tree.map(moved, variables))
+  variables = jax.tree.map(moved, variables)
+  model = Pretrained(experiment=experiment, variables=variables, apart=Unrolled())
   folder = tmp_path_factory.mktemp('published') / request.param
   assert len(set(model.export(folder))) == len(open_folder(folder)) + len(open_file(folder / AHEAD))
   return model, folder
@@ -78,10 +79,10 @@ def test_there_and_back(published, tmp_path):
   np.testing.assert_array_equal(found.tokenizer.encode('Ökonom'), model.tokenizer.encode('Ökonom'))
 
 
-def test_every_device_reads_its_own_part(published, monkeypatch):
-  """On a mesh; layers of a scan are read together if they are small, else one after the other."""
+@ONE
+def test_every_device_reads_its_own_part(published):
+  """On a mesh."""
   model, folder = published
-  monkeypatch.setattr(loading, 'SMALL', 1000)
   found = from_pretrained(folder, mesh=MeshConfig(data=2, expert=4), rules=EXPERT)
   assert_equal(found.variables, model.variables)
   spread = [x for x in jax.tree.leaves(found.variables) if not x.sharding.is_fully_replicated]
@@ -89,6 +90,7 @@ def test_every_device_reads_its_own_part(published, monkeypatch):
   assert all(len(x.sharding.device_set) == 8 for x in jax.tree.leaves(found.variables))
 
 
+@ONE
 def test_in_bfloat16(published):
   """Matrices alone are rounded; what routes and mixes lanes stays exact."""
   _, folder = published
@@ -121,6 +123,7 @@ def test_what_does_not_fit_is_told_at_once(published, copied):
   assert f'{name}: found [3], expected' in misshapen
 
 
+@ONE
 def test_without_multi_token_prediction(published, copied):
   """Other programs leave it out, and the config still speaks of it."""
   model, _ = published

@@ -37,7 +37,7 @@ MESHES = {
   'tensor': (MeshConfig(data=4, model=2), TENSOR),
   'expert': (MeshConfig(data=4, expert=2), EXPERT),
 }
-FAST = {('v3', 'expert'), ('v4', 'fsdp')}
+FAST = {('v3', 'expert')}
 LENGTHS = (7, 37, 45)
 LOGITS, LOSS, GRADIENTS = 5e-5, 1e-5, 5e-5
 BFLOAT16 = {'v2_lite': 0.03, 'v2': 0.035, 'v3': 0.2, 'v3_2': 0.15, 'v4': 0.02}

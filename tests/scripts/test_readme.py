@@ -53,6 +53,7 @@ def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
   assert len(names['losses']) == 10
   assert names['losses'][-1] < names['losses'][0]
   assert names['trained'].step == 10
+  assert len(names['chat'].messages) == 2
   exec(published.replace("'tests/", f"'{ROOT}/tests/"), names)
   assert names['model'].logits(names['rows']).shape == (3, 7, 96)
   assert names['gated'].fresh

@@ -1,6 +1,7 @@
 """Turns the tokens of each block into one entry, also where they come one after the other."""
 
 import functools
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,7 @@ from flax import struct
 
 from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import vector, weight
@@ -79,6 +81,8 @@ class Compressor(nn.Module):
       token.
     rope: rotary embedding.
     norm: norm of an entry.
+    stored: number formats that entries are rounded to, or None.
+    role: whether entries are attended to, or tell an indexer which are.
 
   Source: DeepSeek-V4, arXiv 2606.19348, sections 2.3.1 and 2.3.2.
   """
@@ -89,6 +93,8 @@ class Compressor(nn.Module):
   rope_dim: int
   rope: RoPE
   norm: RMSNorm
+  stored: Stored | None = None
+  role: Literal['key', 'index'] = 'key'
 
   @nn.compact
   def __call__(
@@ -137,4 +143,10 @@ class Compressor(nn.Module):
     rest = self.dim - self.rope_dim
     first = entries.positions - (self.ratio - 1)
     turned = self.rope.rotate(rows[..., rest:], first)
-    return jnp.concatenate([rows[..., :rest], turned], axis=-1)
+    rows = rows[..., :rest]
+    if self.stored is not None and self.role == 'key':
+      rows = self.stored.round_key(rows)
+    rows = jnp.concatenate([rows, turned], axis=-1)
+    if self.stored is not None and self.role == 'index':
+      rows = self.stored.round_index(rows)
+    return rows

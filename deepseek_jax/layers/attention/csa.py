@@ -1,6 +1,7 @@
 """Compressed sparse attention: a window, and the entries that an indexer finds worth a look."""
 
 import dataclasses
+from typing import Literal
 
 import flax.linen as nn
 import jax
@@ -70,6 +71,9 @@ class CSA(Shared):
       errors.append(f'`rope_dim` {self.rope_dim} is more than `index_dim` {self.index_dim}')
     if self.index_loss < 0:
       errors.append(f'`index_loss` is {self.index_loss}; expected 0 or more')
+    if self.stored is not None:
+      faults = self.stored.check(self.head_dim - self.rope_dim, self.index_dim)
+      errors += [f'stored: {message}' for message in faults]
     if errors:
       raise ConfigError(errors)
 
@@ -121,7 +125,7 @@ class CSAttention(SharedAttention):
     latent, query = self.queries(x, context)
     tokens, recent = self.recall(self.keys(x, context), context, old[0])
     with jax.named_scope('compress'):
-      entries, past = self.compressor(self.config.head_dim, 'compressor')(x, context, old[1])
+      entries, past = self.compressor(self.config.head_dim, 'key')(x, context, old[1])
     indices, scorer, index = self.choose(x, latent, context, old[2])
     learning = self.is_mutable_collection('losses') and not self.is_initializing()
     learning = learning and cache is None and self.config.index_loss > 0
@@ -136,10 +140,10 @@ class CSAttention(SharedAttention):
       return y, None
     return y, CSACache(recent=recent, past=past, index=index)
 
-  def compressor(self, dim: int, name: str) -> Compressor:
+  def compressor(self, dim: int, role: Literal['key', 'index']) -> Compressor:
     """Returns the module that makes entries of `dim` channels."""
-    c = self.config
-    return Compressor(dim, c.ratio, 2, c.rope_dim, c.rope, c.norm, name=name)
+    c, name = self.config, {'key': 'compressor', 'index': 'index_compressor'}[role]
+    return Compressor(dim, c.ratio, 2, c.rope_dim, c.rope, c.norm, c.stored, role, name=name)
 
   def attend_chosen(
     self,
@@ -199,10 +203,11 @@ class CSAttention(SharedAttention):
     c = self.config
     x, latent = jax.lax.stop_gradient((x, latent))
     with jax.named_scope('indexer'):
-      keys, after = self.compressor(c.index_dim, 'index_compressor')(x, context, past)
+      keys, after = self.compressor(c.index_dim, 'index')(x, context, past)
       shape = (c.query_latent, c.index_heads, c.index_dim)
       up = weight(self, 'index_query', shape, ('latent', 'heads', None), dtype=x.dtype)
       query = self.rotate(jnp.einsum('btq,qjc->btjc', latent, up), context.positions)
+      query = query if c.stored is None else c.stored.round_index(query)
       width = x.shape[-1]
       mix = weight(self, 'index_weights', (width, c.index_heads), ('embed', None), dtype=x.dtype)
       weights = jnp.einsum('btd,dj->btj', x, mix, preferred_element_type=jnp.float32)

@@ -89,7 +89,9 @@ class HCAttention(SharedAttention):
     _, query = self.queries(x, context)
     tokens, recent = self.recall(self.keys(x, context), context, old[0])
     with jax.named_scope('compress'):
-      compressor = Compressor(c.head_dim, c.ratio, 1, c.rope_dim, c.rope, c.norm, name='compressor')
+      compressor = Compressor(
+        c.head_dim, c.ratio, 1, c.rope_dim, c.rope, c.norm, c.stored, name='compressor'
+      )
       entries, past = compressor(x, context, old[1])
     heads = self.attend(query, context, tokens, entries)
     after = None if recent is None or past is None else HCACache(recent=recent, past=past)

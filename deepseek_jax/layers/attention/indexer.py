@@ -16,43 +16,21 @@ from deepseek_jax.ops.norm import layer_norm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Hadamard:
-  """Rotates index queries and keys alike, which spreads outliers before they are rounded.
-
-  The scores stay what they are, but for rounding: it is of use to number formats alone.
-
-  Source: DeepSeek-V3.2-Exp, inference code.
-  """
-
-  def rotate(self, x: jax.Array) -> jax.Array:
-    """Multiplies [..., d] with the orthogonal Hadamard matrix [d, d]; d is a power of two."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < x.shape[-1]:
-      matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    matrix /= np.sqrt(len(matrix))
-    return jnp.einsum('...d,de->...e', x, jnp.asarray(matrix, x.dtype))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Indexer:
   """Sizes of a lightning indexer.
 
   Attributes:
     heads: index heads J.
     dim: channels d of an index query or key; the first `rope_dim` of the attention are rotated.
-    rotation: rotation of queries and keys, or None.
 
   Source: DeepSeek-V3.2-Exp, section 2.1.
   """
 
   heads: int = 64
   dim: int = 128
-  rotation: Hadamard | None = None
 
   def __post_init__(self):
     errors = wrong_sizes(self, ('heads', 'dim'))
-    if self.rotation is not None and self.dim & (self.dim - 1):
-      errors.append(f'`dim` is {self.dim}; a Hadamard rotation needs a power of two')
     if errors:
       raise ConfigError(errors)
 
@@ -113,8 +91,9 @@ class LightningIndexer(nn.Module):
     return Index(query, key, weights * (c.heads * c.dim) ** -0.5)
 
   def rotate(self, x: jax.Array, context: Context) -> jax.Array:
-    """Turns the first channels of [B, T, …, d] to their positions, in halves."""
+    """Turns the first channels of [B, T, …, d] to their positions, in halves; rounds all."""
     size = self.attention.rope_dim
     turned = self.attention.rope.rotate_halves(x[..., :size], context.positions)
     x = jnp.concatenate([turned, x[..., size:]], axis=-1)
-    return x if self.indexer.rotation is None else self.indexer.rotation.rotate(x)
+    stored = self.attention.stored
+    return x if stored is None else stored.round_index(x)

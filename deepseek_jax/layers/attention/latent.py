@@ -14,6 +14,7 @@ from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
@@ -39,6 +40,7 @@ class Latent:
     query_latent: channels of the query latent, or None for a direct projection.
     rope: rotary embedding.
     norm: norm on both latents.
+    stored: number formats that a cache would hold, which latents are rounded to, or None.
   """
 
   heads: int
@@ -49,12 +51,15 @@ class Latent:
   query_latent: int | None = None
   rope: RoPE = RoPE()
   norm: RMSNorm = RMSNorm()
+  stored: Stored | None = None
 
   def __post_init__(self):
     sizes = ('heads', 'nope_dim', 'rope_dim', 'value_dim', 'latent', 'query_latent')
     errors = wrong_sizes(self, sizes)
     if self.rope_dim % 2:
       errors.append(f'`rope_dim` is {self.rope_dim}; rotary pairs need an even number')
+    if self.stored is not None:
+      errors += [f'stored: {message}' for message in self.stored.check(self.latent)]
     if errors:
       raise ConfigError(errors)
 
@@ -183,6 +188,8 @@ class LatentAttention(nn.Module):
     down = weight(self, 'latent_down', shape, ('embed', None), dtype=x.dtype)
     both = jnp.einsum('btd,dc->btc', x, down)
     latent = c.norm.build('latent_norm')(both[..., : c.latent])
+    if c.stored is not None:
+      latent = c.stored.round_key(latent)
     # The rotated key is not normalised: its length is what the model learns position by.
     return latent, c.rope.rotate(both[..., c.latent :], context.positions)
 

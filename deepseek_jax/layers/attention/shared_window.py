@@ -12,6 +12,7 @@ from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import vector, weight
@@ -33,6 +34,7 @@ class Shared:
     window: tokens that are seen as they are, the query's own among them.
     rope: rotary embedding.
     norm: norm of the latent, the key and, without a scale, of each head's query.
+    stored: number formats that a cache would hold, which keys are rounded to, or None.
 
   Source: DeepSeek-V4, arXiv 2606.19348, section 2.3.
   """
@@ -46,6 +48,7 @@ class Shared:
   window: int = 128
   rope: RoPE = RoPE()
   norm: RMSNorm = RMSNorm()
+  stored: Stored | None = None
 
   def __post_init__(self):
     sizes = [field.name for field in dataclasses.fields(self) if field.type is int]
@@ -56,6 +59,9 @@ class Shared:
       )
     if self.groups > 0 and self.heads % self.groups:
       errors.append(f'`groups` is {self.groups}; it does not divide `heads` {self.heads}')
+    if self.stored is not None:
+      faults = self.stored.check(self.head_dim - self.rope_dim)
+      errors += [f'stored: {message}' for message in faults]
     if errors:
       raise ConfigError(errors)
 
@@ -100,6 +106,15 @@ def one_sequence(context: Context) -> Context:
   return dataclasses.replace(context, segments=context.real.astype(jnp.int32))
 
 
+def round_rest(rows: jax.Array, config: Shared) -> jax.Array:
+  """Rounds the channels of keys [..., C] that are not rotated, as `config.stored` has it."""
+  if config.stored is None:
+    return rows
+  rest = rows.shape[-1] - config.rope_dim
+  rounded = config.stored.round_key(rows[..., :rest])
+  return jnp.concatenate([rounded, rows[..., rest:]], axis=-1)
+
+
 class SharedAttention(nn.Module):
   """Projections of attention over one shared key a token; kinds say what else is seen."""
 
@@ -128,7 +143,7 @@ class SharedAttention(nn.Module):
     shape = (x.shape[-1], self.config.head_dim)
     w = weight(self, 'key', shape, ('embed', None), dtype=x.dtype)
     key = self.config.norm.build('key_norm')(jnp.einsum('btd,dc->btc', x, w))
-    return self.rotate(key, context.positions)
+    return round_rest(self.rotate(key, context.positions), self.config)
 
   def recall(
     self, key: jax.Array, context: Context, recent: jax.Array | None

@@ -125,6 +125,9 @@ class DSA(Latent):
   def __post_init__(self):
     super().__post_init__()
     errors = [f'indexer: {message}' for message in self.indexer.check(self.rope_dim)]
+    if self.stored is not None:
+      faults = self.stored.check(self.latent, self.indexer.dim)
+      errors += [f'stored: {message}' for message in faults]
     if self.top_k < 1:
       errors.append(f'`top_k` is {self.top_k}; expected 1 or more')
     if errors:

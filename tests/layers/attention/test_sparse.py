@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.layers.attention.indexer import Hadamard, Indexer
+from deepseek_jax.layers.attention.indexer import Indexer
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.attention.sparse import DSA, Shared, Sparse, WarmUp
+from deepseek_jax.layers.attention.stored import Hadamard, Stored
 from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.context import text_context
 
 INDEXER = Indexer(heads=3, dim=6)
+ROTATED = Stored(key=None, index=None, rotation=Hadamard())
 
 
 def halves(x, position, frequencies):
@@ -99,7 +101,7 @@ def test_dsa(top_k, sharing, query_latent, sizes, packed, build, oracle):
   'config',
   [
     lambda sizes: DSA(**sizes, top_k=9, indexer=INDEXER),
-    lambda sizes: DSA(**sizes, top_k=2048, indexer=Indexer(heads=2, dim=8, rotation=Hadamard())),
+    lambda sizes: DSA(**sizes, top_k=2048, indexer=Indexer(heads=2, dim=8), stored=ROTATED),
     lambda sizes: DSA(**sizes, indexer=INDEXER, stage=WarmUp()),
     lambda sizes: DSA(**sizes, indexer=INDEXER, sharing=Shared(block=4, window=0)),
     lambda sizes: TopK(**sizes, top_k=40),
@@ -216,14 +218,6 @@ def logits_of(params, config, x, positions, segments):
   return found
 
 
-def test_hadamard_changes_no_product():
-  rng = np.random.default_rng(0)
-  a, b = rng.standard_normal((2, 5, 8)).astype(np.float32)
-  turned = Hadamard().rotate(a) @ Hadamard().rotate(b).T
-  np.testing.assert_allclose(turned, a @ b.T, atol=1e-5)
-  assert np.max(np.abs(Hadamard().rotate(a) - a)) > 0.1
-
-
 def test_flops():
   config = DSA(heads=3, nope_dim=4, rope_dim=2, value_dim=5, latent=7, top_k=4, indexer=INDEXER)
   pairs = sum(min(t + 1, 4) for t in range(9)) / 9
@@ -280,7 +274,7 @@ def test_wrong_fields():
     DSA(heads=1, rope_dim=8, top_k=0, indexer=Indexer(dim=6))
   assert len(caught.value.messages) == 2
   with pytest.raises(ConfigError, match='power of two'):
-    Indexer(dim=6, rotation=Hadamard())
+    DSA(heads=1, rope_dim=4, indexer=Indexer(dim=6), stored=ROTATED)
   with pytest.raises(ConfigError) as caught:
     Indexer(heads=0, dim=0)
   assert len(caught.value.messages) == 2
