@@ -22,6 +22,7 @@ from deepseek_jax.convert.safetensors import open_folder
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.hub import from_pretrained
+from deepseek_jax.hub.pretrained import regrouped, segments_of
 from deepseek_jax.infer.generate import generate
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.context import text_context
@@ -53,12 +54,14 @@ def load(case):
   found = from_pretrained(REFERENCES / case)
   # The config speaks of layers that predict more tokens; transformers neither has nor saves them.
   assert found.manifest.without_mtp == (case in ('v3', 'v4'))
+  # The gradient goes through scans, as in training.
+  segments = plan_segments(found.model)
   return types.SimpleNamespace(
     answers=answers,
     model=found.model,
-    variables=found.variables,
+    variables=regrouped(found.variables, segments_of(found.decoder), segments),
     entries=as_transformers_saves(names_of(found.model).entries),
-    segments=plan_segments(found.model),
+    segments=segments,
   )
 
 
