@@ -2,6 +2,7 @@
 
   python scripts/bench_hub.py --torch=PYTHON_WITH_TORCH             # 107 M parameters as V3
   python scripts/bench_hub.py --torch=PYTHON_WITH_TORCH --family=v4
+  python scripts/bench_hub.py --beside=scans                        # layers apart against in scans
   python scripts/bench_hub.py --what=load --layers=4               # shapes of V2-Lite
 
 Speed: a model with random weights is exported once; both sides read that folder, and take turns
@@ -11,6 +12,7 @@ is written, and read in a process of its own, whose memory is watched: files tha
 memory do not count, for they are the system's to drop. Run it on a machine that does nothing else.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -28,6 +30,7 @@ from absl import app, flags
 WHAT = flags.DEFINE_enum('what', 'speed', ['speed', 'load', 'load_one'], 'what is measured')
 FAMILY = flags.DEFINE_enum('family', 'v3', ['v3', 'v4'], 'of the model that is timed')
 TORCH = flags.DEFINE_string('torch', None, 'an interpreter that has torch and transformers')
+BESIDE = flags.DEFINE_enum('beside', 'torch', ['torch', 'scans'], 'what is timed beside it')
 EXPERTS = flags.DEFINE_enum('experts', 'grouped_mm', ['grouped_mm', 'eager'], "the peer's experts")
 DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'of weights and activations')
 BATCHES = flags.DEFINE_list('batches', ['1', '8', '32'], 'prompts side by side')
@@ -155,6 +158,15 @@ def ours(model: Any, case: dict[str, int]) -> dict[str, float]:
   return {'prefill': prefill, 'decode': statistics.median(times)}
 
 
+def in_scans(model: Any) -> Any:
+  """Returns the model with its layers grouped as in training."""
+  from deepseek_jax.hub.pretrained import regrouped, run_segments, segments_of
+
+  own, scans = segments_of(model.decoder), run_segments(model.experiment)
+  variables = regrouped(model.variables, own, scans)
+  return dataclasses.replace(model, variables=variables, apart=None)
+
+
 def speed(folder: pathlib.Path) -> None:
   """Prints tokens a second of every case, by turns with the peer."""
   from deepseek_jax.hub import from_pretrained
@@ -168,9 +180,12 @@ def speed(folder: pathlib.Path) -> None:
   ]
   for dtype in DTYPES.value:
     model = from_pretrained(folder, dtype=dtype)
-    peer = Peer(folder, dtype) if TORCH.value else None
     sides: dict[str, Any] = {'ours': functools.partial(ours, model)}
-    sides |= {'peer': peer} if peer else {}
+    peer = Peer(folder, dtype) if TORCH.value and BESIDE.value == 'torch' else None
+    if peer:
+      sides['peer'] = peer
+    elif BESIDE.value == 'scans':
+      sides['peer'] = functools.partial(ours, in_scans(model))
     for case in cases:
       found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
       for round_ in range(ROUNDS.value + 1):

@@ -64,8 +64,7 @@ class Lazy:
 def fill(target: np.ndarray, source: np.ndarray) -> None:
   """Copies an array into another of its shape; one that is transposed strip by strip.
 
-  NumPy goes along the rows of the target, and so through the source in steps that miss its cache:
-  twice as slow.
+  NumPy goes along the rows of the target, and so through the source in steps that miss its cache.
   """
   if source.ndim == 2 and source.strides[0] == source.itemsize < source.strides[1]:
     for start in range(0, source.shape[1], STRIP):
@@ -106,25 +105,6 @@ def stacked(parts: Sequence[Lazy]) -> Lazy:
     return result
 
   return Lazy((len(parts), *first.shape), first.dtype, read)
-
-
-def joined(parts: Sequence[Lazy], axis: int = 0) -> Lazy:
-  """Returns arrays one after the other, along an axis that they have."""
-  ends = np.cumsum([part.shape[axis] for part in parts]).tolist()
-  begins = [0, *ends[:-1]]
-
-  def read(index: Index) -> np.ndarray:
-    want = index[axis]
-    found: list[np.ndarray] = []
-    for part, begin, end in zip(parts, begins, ends, strict=True):
-      start, stop = max(want.start, begin), min(want.stop, end)
-      if start < stop or (want.start == want.stop and not found):
-        own = slice(max(start - begin, 0), max(stop - begin, start - begin, 0))
-        found.append(part.read((*index[:axis], own, *index[axis + 1 :])))
-    return found[0] if len(found) == 1 else np.concatenate(found, axis=axis)
-
-  shape = (*parts[0].shape[:axis], ends[-1], *parts[0].shape[axis + 1 :])
-  return Lazy(shape, parts[0].dtype, read)
 
 
 def part_of(x: Lazy, axis: int, start: int, stop: int) -> Lazy:

@@ -30,8 +30,8 @@ from deepseek_jax.hub.pretrained import (
   shapes_of,
 )
 from deepseek_jax.infer.decode import Variables
-from deepseek_jax.models.decoder import init_variables
-from deepseek_jax.models.plan import locate
+from deepseek_jax.models.decoder import Decoder, init_variables
+from deepseek_jax.models.plan import Segment, locate
 from deepseek_jax.models.remat import Unrolled
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
@@ -56,7 +56,7 @@ PRECISIONS: dict[str, Precision] = {'float32': Float32(), 'bfloat16': BFloat16()
 FILES = ['*.json', '*.safetensors', '*.jinja']
 """Files of a repository that are downloaded."""
 REPOSITORY = re.compile(r'[\w.-]+/[\w.-]+')
-EXACT = re.compile(r'/(router|mixer)/|/close/|/position_bias$|^buffers/')
+EXACT = re.compile(r'/(router|mixer)/|/close/|/indexer/weights$|/position_bias$|^buffers/')
 """Arrays that stay float32 whatever the matrices are: what routes, mixes lanes, or is added."""
 ROW = 512
 """Most tokens of a row when a published model is trained further."""
@@ -125,18 +125,19 @@ def _of_run(
   saved = decoder_of(experiment)
   _require_equal(folder / str(step), variables, shapes_of(saved))
   experiment = dataclasses.replace(experiment, **changes)
-  # Of arrays in the host's memory these are views.
   apart = _apart()
-  wanted = segments_of(decoder_of(experiment, apart))
-  variables = regrouped(variables, segments_of(saved), wanted)
+  decoder = decoder_of(experiment, apart)
+  # Of arrays in the host's memory these are views.
+  variables = regrouped(variables, segments_of(saved), segments_of(decoder))
   if not changes:
     variables = jax.tree.map(jnp.asarray, variables)
   else:
-    dtype = experiment.precision.compute if 'precision' in changes else 'float32'
+    stored = params['embedding']['weight'].dtype.name
+    dtype = experiment.precision.compute if 'precision' in changes else stored
     variables = jax.tree.map(
       lambda x, leaf: jax.device_put(np.asarray(x, leaf.dtype), leaf.sharding),
       variables,
-      places_of(experiment, dtype, 'mesh' in changes),
+      places_of(decoder, dtype, experiment if 'mesh' in changes else None),
     )
   return Pretrained(experiment=experiment, variables=variables, step=step, apart=apart)
 
@@ -171,20 +172,23 @@ def _published(folder: pathlib.Path, changes: Mapping[str, Any]) -> Pretrained:
     precision=PRECISIONS['float32' if full else 'bfloat16'],
   )
   experiment = dataclasses.replace(experiment, **changes)
-  dtype, on_mesh = experiment.precision.compute, 'mesh' in changes
-  places = places_of(experiment, dtype, on_mesh)
   apart = _apart()
-  segments = segments_of(decoder_of(experiment, apart))
+
+  def planned() -> tuple[Variables, tuple[Segment, ...]]:
+    decoder = decoder_of(experiment, apart)
+    laid_out = experiment if 'mesh' in changes else None
+    return places_of(decoder, experiment.precision.compute, laid_out), segments_of(decoder)
+
+  places, segments = planned()
   loading = prepare(model, tensors, addresses(places, segments))
   if loading.manifest.without_mtp:
     experiment = dataclasses.replace(experiment, model=loading.model)
-    places = places_of(experiment, dtype, on_mesh)
+    places, segments = planned()
   progress = Progress(f'reading {folder.name}', 'MB')
 
   def tell(done: int) -> None:
     progress.update(done // 1_000_000)
 
-  segments = segments_of(decoder_of(experiment, apart))
   variables = load(loading.parts, places, segments, tell)
   progress.finish(loading.manifest.bytes // 1_000_000)
   return Pretrained(
@@ -196,37 +200,37 @@ def _published(folder: pathlib.Path, changes: Mapping[str, Any]) -> Pretrained:
   )
 
 
-def places_of(experiment: Experiment, dtype: str, on_mesh: bool) -> Variables:
+def places_of(decoder: Decoder, dtype: str, laid_out: Experiment | None = None) -> Variables:
   """Returns shape, dtype and sharding of every array of a model, none of which is made.
 
   Args:
-    experiment: says the model, and with `on_mesh` the mesh and the rules.
+    decoder: the model.
     dtype: of the matrices; vectors, buffers, routers and mixes of lanes are float32 (or int32).
-    on_mesh: spread over all devices; otherwise all is on the first one.
+    laid_out: says mesh and rules, over all devices; None puts all on the first one.
 
   Raises:
     ConfigError: the mesh does not fit the devices, or does not divide an array.
   """
-  decoder = decoder_of(experiment, _apart())
   segments = segments_of(decoder)
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   shapes = nn.meta.unbox(boxed)
   shardings: dict[str, Any] = {}
-  if on_mesh:
-    mesh = make_mesh(experiment.mesh)
-    specs = tree_specs(experiment.rules, logical_axes(boxed))
+  if laid_out is not None:
+    mesh = make_mesh(laid_out.mesh)
+    specs = tree_specs(laid_out.rules, logical_axes(boxed))
     errors = check_divisible(shapes, specs, {str(axis): n for axis, n in mesh.shape.items()})
     if errors:
       raise ConfigError(errors)
     shardings = flatten(tree_shardings(mesh, specs))
   first = SingleDeviceSharding(jax.local_devices()[0])
-  placed = {}
+  placed, flat = {}, flatten(shapes)
   for address, leaf in addresses(shapes, segments).items():
-    home, repeat = locate(address, segments)
+    home, _ = locate(address, segments)
+    # A vector of every layer of a scan is still one of vectors.
     short = len(leaf.shape) > 1 and not EXACT.search(address)
-    whole = leaf.shape if repeat is None else flatten(shapes)[home].shape
     kind = jnp.dtype(dtype) if short else leaf.dtype
-    placed[home] = jax.ShapeDtypeStruct(whole, kind, sharding=shardings.get(home, first))
+    sharding = shardings.get(home, first)
+    placed[home] = jax.ShapeDtypeStruct(flat[home].shape, kind, sharding=sharding)
   tree = unflatten(placed)
   return {name: tree.get(name, {}) for name in shapes}
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from deepseek_jax.convert.export import parts_of, plan_files, write
+from deepseek_jax.convert.export import digest_of_vectors, parts_of, plan_files, write
 from deepseek_jax.convert.load import Manifest
 from deepseek_jax.convert.tokenizer import TEMPLATE
 from deepseek_jax.core.config import ConfigError
@@ -249,7 +249,12 @@ class Pretrained:
     )
     if self.template is not None:
       files.texts[TEMPLATE] = self.template
-    source = {'name': self.experiment.name, 'step': self.step, 'fresh': list(self.fresh)}
+    source = {
+      'name': self.experiment.name,
+      'step': self.step,
+      'fresh': list(self.fresh),
+      'vectors': digest_of_vectors(parts),
+    }
     return write(pathlib.Path(path).expanduser().absolute(), files, source, largest)
 
   def train(

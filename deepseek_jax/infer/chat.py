@@ -78,13 +78,13 @@ class Chat:
     marks = tokenizer.marks()
     close, begun = marks.get(CLOSE), marks.get(OPEN)
     if close is None:
-      return _split(tokenizer.decode(ids), finished)
-    thinks = begun in (*prompt[_last(prompt, close) :], *ids)
+      begins = OPEN if tokenizer.decode(prompt).rstrip().endswith(OPEN) else ''
+      return _split(begins + tokenizer.decode(ids), finished)
     if close in ids:
       place = ids.index(close)
       thoughts, rest = ids[:place], ids[place + 1 :]
       return Reply(tokenizer.decode(rest).strip(), tokenizer.decode(thoughts).strip(), finished)
-    if thinks:
+    if begun in (*prompt[_last(prompt, close) :], *ids):
       return Reply('', tokenizer.decode(ids).strip(), finished)
     return Reply(tokenizer.decode(ids), None, finished)
 

@@ -126,8 +126,9 @@ def _unused(messages: Sequence[Message]) -> str:
 
 
 def _guarded(message: Message, marks: Mapping[str, int], guard: str) -> Message:
-  """Breaks the special tokens that a message spells; an assistant's thoughts may have their ends,
-  which templates look for.
+  """Breaks the special tokens that a message spells.
+
+  An assistant's thoughts keep their ends, which templates look for.
   """
   if not isinstance(message, Mapping):
     return message

@@ -17,7 +17,14 @@ from deepseek_jax.infer.decode import (
   jit_full_logits,
   jit_prefill,
 )
-from deepseek_jax.infer.prompt import Prompts, bucket, check_request, pad_prompts, prompt_faults
+from deepseek_jax.infer.prompt import (
+  Prompts,
+  bucket,
+  by_row,
+  check_request,
+  pad_prompts,
+  prompt_faults,
+)
 from deepseek_jax.infer.sample import Greedy, Sampler, Within
 from deepseek_jax.infer.speculate import Speculate
 from deepseek_jax.infer.stop import StopBefore
@@ -53,8 +60,7 @@ def generate(
   Raises:
     ConfigError: with all that is wrong with the arguments.
   """
-  result: list[list[int]] = [[] for _ in prompts]
-  for row, token in stream(
+  pairs = stream(
     decoder,
     variables,
     prompts,
@@ -63,9 +69,8 @@ def generate(
     stop=stop,
     seed=seed,
     prefill_chunk=prefill_chunk,
-  ):
-    result[row].append(token)
-  return result
+  )
+  return by_row(pairs, len(prompts))
 
 
 def stream(
@@ -262,25 +267,23 @@ class TextGenerator:
 
     Arguments and errors are otherwise those of `complete`.
     """
-    tokens = self.decoding.stream(
+    return by_row(self._ids(prompts, max_new_tokens, sampler, seed), len(prompts))
+
+  def _ids(
+    self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampler: Sampler, seed: int
+  ) -> Iterator[tuple[int, int]]:
+    if self.decoder.config.vocab > self.tokenizer.vocab_size:
+      # A vocabulary may be padded to a round size; the tokens beyond the last have no text.
+      sampler = Within(vocab=self.tokenizer.vocab_size, sampler=sampler)
+    return self.decoding.stream(
       self.decoder,
       self.variables,
       prompts,
       max_new_tokens=max_new_tokens,
-      sampler=self._within(sampler),
+      sampler=sampler,
       stop=frozenset({self.tokenizer.eos}),
       seed=seed,
     )
-    result: list[list[int]] = [[] for _ in prompts]
-    for row, token in tokens:
-      result[row].append(token)
-    return result
-
-  def _within(self, sampler: Sampler) -> Sampler:
-    if self.decoder.config.vocab <= self.tokenizer.vocab_size:
-      return sampler
-    # A vocabulary may be padded to a round size; the tokens beyond the last have no text.
-    return Within(vocab=self.tokenizer.vocab_size, sampler=sampler)
 
   def stream(
     self,
@@ -299,15 +302,8 @@ class TextGenerator:
       raise ConfigError(f'texts: found the text {texts!r:.60}, expected a list of texts')
     if isinstance(stop_texts, str) or not all(stop_texts):
       raise ConfigError(f'stop_texts: found {stop_texts!r}, expected texts that are not empty')
-    tokens = self.decoding.stream(
-      self.decoder,
-      self.variables,
-      [self.encode(text) for text in texts],
-      max_new_tokens=max_new_tokens,
-      sampler=self._within(sampler),
-      stop=frozenset({self.tokenizer.eos}),
-      seed=seed,
-    )
+    prompts = [self.encode(text) for text in texts]
+    tokens = self._ids(prompts, max_new_tokens, sampler, seed)
     return self._decode(tokens, len(texts), tuple(stop_texts))
 
   def _decode(

@@ -1,7 +1,7 @@
 """Prompts as token ids: what is wrong with them, and many of them as one array."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -48,6 +48,14 @@ def check_request(
     faults.append(f'seed: found {seed}, expected 0 to {2**32 - 1}')
   if faults:
     raise ConfigError(faults)
+
+
+def by_row(pairs: Iterable[tuple[int, int]], rows: int) -> list[list[int]]:
+  """Returns the token ids of each of `rows` rows, from (row, id) in the order they came."""
+  result: list[list[int]] = [[] for _ in range(rows)]
+  for row, token in pairs:
+    result[row].append(token)
+  return result
 
 
 def prompt_faults(prompts: Sequence[Sequence[int]], vocab: int) -> list[str]:

@@ -21,7 +21,7 @@ from deepseek_jax.infer.draft import (
   jit_step,
   start_reading,
 )
-from deepseek_jax.infer.prompt import Prompts, bucket, check_request, pad_prompts
+from deepseek_jax.infer.prompt import Prompts, bucket, by_row, check_request, pad_prompts
 from deepseek_jax.infer.sample import Greedy, Sampler
 from deepseek_jax.models.decoder import Decoder
 
@@ -135,8 +135,7 @@ def speculate(
     ConfigError: with all that is wrong with the arguments; or the model has no modules, or has a
       layer that cannot take tokens back.
   """
-  result: list[list[int]] = [[] for _ in prompts]
-  for row, token in SpeculativeStream(
+  pairs = SpeculativeStream(
     decoder,
     variables,
     prompts,
@@ -145,9 +144,8 @@ def speculate(
     stop=stop,
     seed=seed,
     prefill_chunk=prefill_chunk,
-  ):
-    result[row].append(token)
-  return result
+  )
+  return by_row(pairs, len(prompts))
 
 
 class SpeculativeStream(Iterator[tuple[int, int]]):

@@ -26,11 +26,6 @@ PAIRS = {
     A.reshape(6, 5, 2).transpose(2, 0, 1),
   ),
   'stacked': (lazy.stacked([STORED['a'], STORED['b']]), np.stack([A, B])),
-  'joined': (
-    lazy.joined([STORED['a'], STORED['c'], STORED['b']]),
-    np.concatenate([A, C, B]),
-  ),
-  'beside': (lazy.joined([STORED['a'], STORED['b']], 1), np.concatenate([A, B], axis=1)),
   'part': (lazy.part_of(STORED['a'], 1, 3, 9), A[:, 3:9]),
   'heads': (lazy.unflattened(STORED['a'], 0, 3), A.reshape(3, 2, 10)),
   'flat': (lazy.flattened(lazy.stored(A.reshape(3, 2, 10)), 0), A),

@@ -129,6 +129,20 @@ def test_thoughts_are_told_from_answers(vocabulary):
   assert third.reply == ('Five.', None, True)
 
 
+def test_thoughts_in_a_vocabulary_without_marks():
+  """The template may have begun one, and the reply may end before it does."""
+  tokenizer = Bytes().build()
+  scripted = Scripted(
+    tokenizer,
+    *(tokenizer.encode(text).tolist() for text in ('Hm.</think>Four.', 'Hm. It is', 'Five.')),
+  )
+  thinking, plain = (ChatTemplate(source=text, bos='', eos='') for text in (THINKING, PLAIN))
+  chat = Chat(generator=scripted, template=thinking).ask('Two and two?')
+  assert chat.reply == ('Four.', 'Hm.', True)
+  assert chat.ask('Sure?', max_new_tokens=9).reply == ('', 'Hm. It is', False)
+  assert Chat(generator=scripted, template=plain).ask('More?').reply == ('Five.', None, True)
+
+
 def test_a_real_model_answers():
   """The tokens are those of `generate` on the encoded conversation."""
   experiment = tiny_mla.get_config()
