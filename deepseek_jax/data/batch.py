@@ -1,15 +1,31 @@
 """The one record that travels from the data pipeline to the training step."""
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Protocol
 
 import jax
 from flax import struct
 
+from deepseek_jax.layers.context import Media
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaShape:
+  """What the media of one kind in a row are, before there are any.
+
+  Attributes:
+    values: [M, …], sizes of `Media.values` without its rows.
+    dtype: name of its dtype.
+  """
+
+  values: tuple[int, ...]
+  dtype: str = 'uint8'
+
 
 @struct.dataclass
 class Batch:
-  """A batch of packed rows; every field but the pictures is [B, T].
+  """A batch of packed rows; every field but the media is [B, T].
 
   Attributes:
     tokens: int32 input token ids; 0 where the row is padded.
@@ -19,9 +35,11 @@ class Batch:
     segments: int32 number of the packed piece in its row, from 1; 0 is padding. Attention never
       crosses segments.
     documents: int32 index of the document the token came from; -1 is padding.
-    images: uint8 [B, M, S, S, 3] pictures of each row, red, green, blue; None in text.
-    placeholders: int32 which of the row's picture embeddings stands in the token's place, from 0;
-      -1 is a token. None in text.
+    media: by kind, those of `layers.context.MEDIA`; None in text. A kind that no row has may be
+      left out.
+    placeholders: int32 which embedding of the row's media stands in the token's place: all kinds
+      one after the other in the order of `MEDIA`, in each kind all its media, from 0; -1 is a
+      token, `NEWLINE` and `SEPARATOR` are vectors of their own. None in text.
   """
 
   tokens: jax.Array
@@ -30,7 +48,7 @@ class Batch:
   positions: jax.Array
   segments: jax.Array
   documents: jax.Array
-  images: jax.Array | None = None
+  media: dict[str, Media] | None = None
   placeholders: jax.Array | None = None
 
 

@@ -7,12 +7,11 @@ import pathlib
 from collections.abc import Iterable
 from typing import Any, cast
 
-import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data import store
-from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.batch import Batch, Media, MediaShape
 from deepseek_jax.data.drawing import OpenClipart
 from deepseek_jax.data.pipeline import Prepared
 from deepseek_jax.data.source import Split
@@ -61,9 +60,9 @@ class ImageCaptions:
       raise ConfigError(messages)
 
   @property
-  def image_shape(self) -> tuple[int, ...]:
-    """Shape [M, S, S, 3] of the pictures of a row."""
-    return (1, self.source.side, self.source.side, 3)
+  def media(self) -> dict[str, MediaShape]:
+    """A picture a row."""
+    return {'image': MediaShape(values=(1, self.source.side, self.source.side, 3))}
 
   def prepare(self, cache_dir: pathlib.Path) -> 'CaptionData':
     """Decodes the pictures, or opens what an earlier run did, and encodes the captions.
@@ -194,8 +193,9 @@ class CaptionSplit:
     tokens, targets, positions, segments = (np.zeros(shape, np.int32) for _ in range(4))
     placeholders, documents = (np.full(shape, -1, np.int32) for _ in range(2))
     weights = np.zeros(shape, np.float32)
-    images = np.zeros((len(indices), *self.config.image_shape), np.uint8)
     pixels = np.asarray(self.pictures)
+    images = np.zeros((len(indices), 1, *pixels.shape[1:]), np.uint8)
+    lines = np.zeros((len(indices), 1), np.int32)
     tokenizer = self.tokenizer
     places = np.full(slots, tokenizer.pad)
     for line, index in enumerate(indices):
@@ -212,7 +212,7 @@ class CaptionSplit:
       segments[line, :count] = 1
       documents[line, :count] = index
       placeholders[line, 1 : slots + 1] = np.arange(slots)
-      images[line, 0] = pixels[index]
+      images[line, 0], lines[line] = pixels[index], images.shape[2]
     fields = {
       'tokens': tokens,
       'targets': targets,
@@ -220,11 +220,11 @@ class CaptionSplit:
       'positions': positions,
       'segments': segments,
       'documents': documents,
-      'images': images,
+      'media': {'image': Media(images, lines)},  # type: ignore[arg-type]
       'placeholders': placeholders,
     }
     # Batch is typed for the step, where its fields are JAX arrays.
-    return Batch(**cast(dict[str, jax.Array], fields))
+    return Batch(**cast(dict[str, Any], fields))
 
 
 class CaptionData(Prepared[ImageCaptions, CaptionSplit]):

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.batch import Batch, Rows
+from deepseek_jax.data.batch import Batch, MediaShape, Rows
 from deepseek_jax.data.cache import token_cache
 from deepseek_jax.data.packed_split import PackedSplit
 from deepseek_jax.data.packing import pack_plan
@@ -55,9 +55,9 @@ class TextCorpus:
       raise ConfigError(messages)
 
   @property
-  def image_shape(self) -> None:
-    """There are no pictures."""
-    return None
+  def media(self) -> dict[str, MediaShape]:
+    """There are none."""
+    return {}
 
   def prepare(self, cache_dir: pathlib.Path) -> 'TextData':
     """Tokenizes and packs, or opens what an earlier run did.

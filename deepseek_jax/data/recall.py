@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.batch import Batch, MediaShape
 from deepseek_jax.data.pipeline import Prepared
 from deepseek_jax.data.symbols import SPECIALS, Symbols
 from deepseek_jax.data.tokenizer import BOS
@@ -209,9 +209,9 @@ class Recall:
       raise ConfigError(messages)
 
   @property
-  def image_shape(self) -> None:
-    """There are no pictures."""
-    return None
+  def media(self) -> dict[str, MediaShape]:
+    """There are none."""
+    return {}
 
   @property
   def tokenizer(self) -> Symbols:

@@ -43,7 +43,7 @@ def read_pictures(
     tokens=jnp.where(before, batch.tokens, 0),
     positions=jnp.broadcast_to(jnp.arange(before.size, dtype=jnp.int32), batch.tokens.shape),
     segments=jnp.broadcast_to(before, batch.tokens.shape).astype(jnp.int32),
-    images=batch.images,
+    media=batch.media,
     placeholders=batch.placeholders,
   )
   counts = jnp.full(batch.tokens.shape[:1], slots + 1, jnp.int32)
@@ -74,8 +74,8 @@ def caption(
   Raises:
     ConfigError: the rows have no pictures.
   """
-  if batch.images is None:
-    raise ConfigError('batch.images: found None, expected rows with pictures')
+  if batch.media is None:
+    raise ConfigError('batch.media: found None, expected rows with pictures')
   if decoder.config.vocab > tokenizer.vocab_size:
     sampler = Within(vocab=tokenizer.vocab_size, sampler=sampler)
   rows, length = batch.tokens.shape
@@ -104,7 +104,7 @@ def caption_nats(decoder: Decoder, variables: Variables, batch: Batch) -> jax.Ar
     tokens=batch.tokens,
     positions=batch.positions,
     segments=batch.segments,
-    images=batch.images,
+    media=batch.media,
     placeholders=batch.placeholders,
   )
 

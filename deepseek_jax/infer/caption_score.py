@@ -103,7 +103,8 @@ def measure_captions(decoder: Decoder, variables: Variables, data: CaptionData) 
     rows = batch.documents[:, 0]
     picked = np.where(rows >= 0, others[rows], 0)
     pictures = cast(Any, np.asarray(split.pictures)[picked][:, None])
-    strange = dataclasses.replace(batch, images=pictures)
+    shown = (batch.media or {})['image']
+    strange = dataclasses.replace(batch, media={'image': shown.replace(values=pictures)})
     own.append(np.asarray(model.call(caption_nats, batch)))
     shuffled.append(np.asarray(model.call(caption_nats, strange)))
     targets.append(batch.weights.sum(axis=1))

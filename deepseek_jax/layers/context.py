@@ -10,8 +10,46 @@ from flax import struct
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.sharding.rules import Rules
 
-TEXT, IMAGE = 0, 1
+MODALITIES = ('text', 'image', 'video', 'sound', 'points')
+TEXT, IMAGE, VIDEO, SOUND, POINTS = range(len(MODALITIES))
 """What a token of a row is: values of `Context.modality`."""
+
+MEDIA = {
+  'image': IMAGE,
+  'tile': IMAGE,
+  'video': VIDEO,
+  'sound': SOUND,
+  'points': POINTS,
+  'passage': TEXT,
+}
+"""Kinds of media that a row may hold, and what their tokens are. Their order here is that of their
+embeddings in a row. A tile is a part of a picture, seen closer; a passage is text of another stream
+than the row's."""
+
+NEWLINE, SEPARATOR = -2, -3
+"""Values of `Context.placeholders`: the learned vectors that stand at the end of a row of patches,
+and between a whole picture and its tiles."""
+
+
+@struct.dataclass
+class Media:
+  """The media of one kind in a batch: up to M a row.
+
+  Attributes:
+    values: [B, M, …] what an encoder reads. Pictures and tiles [B, M, S, S, 3] uint8, red, green,
+      blue; clips [B, M, F, S, S, 3] uint8; waveforms [B, M, L] float32 from -1 to 1; point clouds
+      [B, M, P, 3 + C] float32, coordinates before features; passages [B, M, T] int32 tokens.
+    counts: [B, M] int32 how many entries of the first axis of each medium are real (lines of
+      pixels, frames, samples, points, tokens), the others after them; 0 where there is no medium.
+  """
+
+  values: jax.Array
+  counts: jax.Array
+
+  @property
+  def real(self) -> jax.Array:
+    """[B, M] bool, False where a row has no such medium."""
+    return self.counts > 0
 
 
 @struct.dataclass
@@ -37,11 +75,15 @@ class Context:
     tokens: [B, T] int32 token ids.
     positions: [B, T] int32 place of each token in its segment; with a cache, its slot too.
     segments: [B, T] int32 packed document of each token, from 1; 0 is padding.
-    modality: [B, T] int32, `TEXT` or `IMAGE`; None where all is text.
-    images: [B, M, S, S, 3] uint8 pictures of each row, or None. They are for the embedding; the
-      layers of the stack do not get them.
-    placeholders: [B, T] int32 which of the row's picture embeddings stands in the token's place,
-      from 0; -1 is a token. None without pictures.
+    modality: [B, T] int32, one of `TEXT`, `IMAGE`, `VIDEO`, `SOUND`, `POINTS`; None where all is
+      text.
+    media: by kind, those of `MEDIA`; None in text. They are for the embedding; the layers of the
+      stack do not get them.
+    placeholders: [B, T] int32 which embedding of the row's media stands in the token's place: all
+      kinds one after the other in the order of `MEDIA`, in each kind all media, from 0; -1 is a
+      token, `NEWLINE` and `SEPARATOR` are vectors of their own. None without media.
+    coordinates: [B, T, A] place of each token along the A axes of a grid or of space, for
+      encoders; None where positions say all.
     memory: a second stream for cross-attention, or None.
     step: scalar int32 training step, or None.
     key: random key of the step's noise, or None. A layer asks for one of its own, of the stream
@@ -53,8 +95,9 @@ class Context:
   positions: jax.Array
   segments: jax.Array
   modality: jax.Array | None = None
-  images: jax.Array | None = None
+  media: dict[str, Media] | None = None
   placeholders: jax.Array | None = None
+  coordinates: jax.Array | None = None
   memory: Memory | None = None
   step: jax.Array | None = None
   key: jax.Array | None = None

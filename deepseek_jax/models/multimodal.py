@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.layers.context import IMAGE, TEXT, Context
+from deepseek_jax.layers.context import IMAGE, TEXT, Context, Media
 from deepseek_jax.layers.encoders.patch import Patch2D
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
@@ -66,8 +66,8 @@ class Multimodal:
 class MultimodalDecoder(Decoder):
   """Tokens [B, T] and pictures [B, M, S, S, 3] -> hidden states [B, T, D].
 
-  Pictures come in `context.images`, and `context.placeholders` says where they stand. Without
-  pictures, as when a caption goes on token by token, it is a decoder of text.
+  Pictures come in `context.media['image']`, and `context.placeholders` says where they stand.
+  Without pictures, as when a caption goes on token by token, it is a decoder of text.
   """
 
   config: Multimodal
@@ -80,10 +80,11 @@ class MultimodalDecoder(Decoder):
   def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
     """Returns embeddings [B, T, D], those of pictures at their placeholders."""
     x = super().embed(tokens, context)
-    if context.images is None or context.placeholders is None:
+    if context.media is None or context.placeholders is None:
       return x
-    batch, count = context.images.shape[:2]
-    images = context.images.reshape(batch * count, *context.images.shape[2:])
+    images = context.media['image'].values
+    batch = images.shape[0]
+    images = images.reshape(-1, *images.shape[2:])
     media = self.image(images, context.rules).reshape(batch, -1, x.shape[-1])
     x = place_media(x, media, context.placeholders)
     return context.rules.constrain(x, ('batch', 'seq', 'act_embed'))
@@ -91,22 +92,26 @@ class MultimodalDecoder(Decoder):
   def run(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
     """Returns the residual stream [B, T, …] after the last layer, and the caches."""
     stream = self.open.open(self.embed(context.tokens, context))
-    return self.stack(stream, without_images(context), caches)
+    return self.stack(stream, without_media(context), caches)
 
   def everything(self, context: Context) -> jax.Array:
     """Runs every part once on tokens [B, T] and empty pictures, so that `init` declares all."""
     batch, size = context.tokens.shape[0], self.config.image.size
     context = dataclasses.replace(
       context,
-      images=jnp.zeros((batch, 1, size, size, 3), jnp.uint8),
+      media={
+        'image': Media(
+          jnp.zeros((batch, 1, size, size, 3), jnp.uint8), jnp.full((batch, 1), size, jnp.int32)
+        )
+      },
       placeholders=jnp.zeros_like(context.tokens),
     )
     return super().everything(context)
 
 
-def without_images(context: Context) -> Context:
+def without_media(context: Context) -> Context:
   """Returns the context of the stack: which tokens [B, T] are pictures, but no pixels."""
   if context.placeholders is None:
     return context
   modality = jnp.where(context.placeholders >= 0, IMAGE, TEXT)
-  return dataclasses.replace(context, images=None, placeholders=None, modality=modality)
+  return dataclasses.replace(context, media=None, placeholders=None, modality=modality)

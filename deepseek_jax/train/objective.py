@@ -89,7 +89,7 @@ def batch_context(
     tokens=batch.tokens,
     positions=batch.positions,
     segments=batch.segments,
-    images=batch.images,
+    media=batch.media,
     placeholders=batch.placeholders,
     step=step,
     key=key,

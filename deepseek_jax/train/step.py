@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.batch import Batch, Media
 from deepseek_jax.models.decoder import Decoder, init_variables, plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.optim.balance import update_buffers
@@ -63,7 +63,7 @@ class Program:
   axes: Any
 
   def abstract_batch(self) -> Batch:
-    """Returns the shapes of a batch [B, T], and of its pictures, with shardings."""
+    """Returns the shapes of a batch [B, T], and of its media, with shardings."""
     data = self.experiment.data
 
     def leaf(dtype, *sizes):
@@ -72,9 +72,13 @@ class Program:
 
     ids = leaf(jnp.int32)
     batch = Batch(ids, ids, leaf(jnp.float32), ids, ids, ids)
-    if data.image_shape is None:
+    if not data.media:
       return batch
-    return dataclasses.replace(batch, images=leaf(jnp.uint8, *data.image_shape), placeholders=ids)
+    media = {
+      kind: Media(leaf(jnp.dtype(shape.dtype), *shape.values), leaf(jnp.int32, shape.values[0]))
+      for kind, shape in data.media.items()
+    }
+    return dataclasses.replace(batch, media=media, placeholders=ids)
 
 
 def build_program(experiment: Experiment, devices: list[jax.Device] | None = None) -> Program:

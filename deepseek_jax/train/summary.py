@@ -76,7 +76,7 @@ def step_flops(experiment: Experiment, weights: Sequence[Weight]) -> np.ndarray:
   not. Where nothing grows, all steps cost the same.
   """
   model, data = experiment.model, experiment.data
-  pictures = 0 if data.image_shape is None else data.image_shape[0]
+  pictures = data.media['image'].values[0] if data.media else 0
   token = training_flops(model, list(weights), data.length, pictures)
   making = 3.0 * making_flops(model) * experiment.microbatches
   active = active_share(model, token / 3, experiment.train_steps)
@@ -87,7 +87,7 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
   """Returns parameters, FLOPs a token, and tokens of the whole run."""
   model, data = experiment.model, experiment.data
   step_tokens = data.batch_size * data.length
-  pictures = 0 if data.image_shape is None else data.image_shape[0]
+  pictures = data.media['image'].values[0] if data.media else 0
   forward = forward_flops(model, list(weights), data.length, pictures)
   training = training_flops(model, list(weights), data.length, pictures)
   making = 3.0 * making_flops(model) * experiment.microbatches

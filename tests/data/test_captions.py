@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -36,9 +37,8 @@ def assert_equal(batches, expected):
   """Every field of every batch."""
   assert len(batches) == len(expected) > 0
   for found, wanted in zip(batches, expected):
-    for name, field in vars(wanted).items():
-      assert field is not None
-      np.testing.assert_array_equal(getattr(found, name), field)
+    assert None not in vars(wanted).values()
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_a_row(data):
@@ -56,13 +56,14 @@ def test_a_row(data):
   assert not learned[:4].any()
   assert batch.segments[0].tolist() == [1] * count + [0] * (100 - count)
   assert batch.positions[0][:count].tolist() == list(range(count))
-  np.testing.assert_array_equal(batch.images[0, 0], split.pictures[5])
+  np.testing.assert_array_equal(batch.media['image'].values[0, 0], split.pictures[5])
   assert batch.documents[0][0] == 5
   # The second row is padding.
   assert not batch.weights[1].any()
   assert not batch.segments[1].any()
   assert (batch.placeholders[1] == -1).all()
-  assert not batch.images[1].any()
+  assert not batch.media['image'].values[1].any()
+  assert batch.media['image'].counts.tolist() == [[64], [0]]
 
 
 @pytest.mark.parametrize('step', [1, 6, 11, 13, 40])
@@ -78,9 +79,8 @@ def test_hosts_read_their_rows(data):
   expected = take(data.train_batches(2), 3)
   parts = [take(data.train_batches(2, rows=rows), 3) for rows in (slice(0, 3), slice(3, 7))]
   for number, batch in enumerate(expected):
-    for name, field in vars(batch).items():
-      joined = np.concatenate([getattr(part[number], name) for part in parts])
-      np.testing.assert_array_equal(joined, field)
+    joined = jax.tree.map(lambda *pieces: np.concatenate(pieces), *(p[number] for p in parts))
+    jax.tree.map(np.testing.assert_array_equal, joined, batch)
 
 
 def test_every_epoch_has_every_picture_once(data):

@@ -65,7 +65,7 @@ def test_types_and_shapes():
   """NumPy arrays of the types the step expects; a row is [T]."""
   split = make_split()
   batch, row = split.batch([3, 0]), split.row(3)
-  assert (batch.images, batch.placeholders) == (None, None)
+  assert (batch.media, batch.placeholders) == (None, None)
   fields = {name: field for name, field in vars(batch).items() if field is not None}
   assert len(fields) == 6
   for name, field in fields.items():

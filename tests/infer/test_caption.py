@@ -71,7 +71,9 @@ def test_the_pictures_matter(seeing, logits):
   """Of every row, to every word of its caption; otherwise the test above shows nothing."""
   decoder, variables = seeing
   batch, _ = logits
-  other = dataclasses.replace(batch, images=np.roll(batch.images, 1, axis=0))
+  shown = batch.media['image']
+  shown = shown.replace(values=np.roll(shown.values, 1, axis=0))
+  other = dataclasses.replace(batch, media={'image': shown})
   found, strange = (np.asarray(caption_nats(decoder, variables, b)) for b in (batch, other))
   assert (np.abs(found - strange) > 1e-3).all()
 
@@ -97,8 +99,8 @@ def test_captions_are_greedy(seeing, data, logits):
   blind = dataclasses.replace(batch, tokens=np.where(batch.placeholders >= 0, batch.tokens, 0))
   blind = dataclasses.replace(blind, targets=blind.targets * 0)
   assert caption(decoder, variables, data.tokenizer, blind, 4) == texts
-  with pytest.raises(ConfigError, match='images'):
-    caption(decoder, variables, data.tokenizer, dataclasses.replace(batch, images=None), 4)
+  with pytest.raises(ConfigError, match='media'):
+    caption(decoder, variables, data.tokenizer, dataclasses.replace(batch, media=None), 4)
 
 
 def test_samples(seeing, data):

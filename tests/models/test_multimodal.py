@@ -11,13 +11,13 @@ import pytest
 from configs import tiny_caption
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten
-from deepseek_jax.layers.context import Context, text_context
+from deepseek_jax.layers.context import Context, Media, text_context
 from deepseek_jax.layers.encoders.patch import Patch2D
 from deepseek_jax.models.cost import active_parameters, forward_flops, picture_flops, weights_of
 from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.models.encoder import Encoder, encoder_segments
 from deepseek_jax.models.mtp import MTP
-from deepseek_jax.models.multimodal import without_images
+from deepseek_jax.models.multimodal import without_media
 from deepseek_jax.models.remat import EveryLayer, SquareRoot
 from deepseek_jax.sharding.rules import Rules, logical_axes
 
@@ -96,7 +96,12 @@ def made():
   places[0, 1:5], places[1, 6:10] = range(4), range(4)
   context = dataclasses.replace(
     text_context(jnp.asarray(tokens)),
-    images=jnp.asarray(rng.integers(0, 256, (2, 1, 64, 64, 3), np.uint8)),
+    media={
+      'image': Media(
+        jnp.asarray(rng.integers(0, 256, (2, 1, 64, 64, 3), np.uint8)),
+        jnp.full((2, 1), 64, jnp.int32),
+      )
+    },
     placeholders=jnp.asarray(places),
   )
   run = jax.jit(lambda c: decoder.apply(variables, c)[0])
@@ -105,7 +110,9 @@ def made():
 
 def test_pictures_change_what_comes_after_them_alone(made):
   _, _, context, run = made
-  other = dataclasses.replace(context, images=255 - context.images)
+  shown = context.media['image']
+  shown = shown.replace(values=255 - shown.values)
+  other = dataclasses.replace(context, media={'image': shown})
   moved = np.abs(np.asarray(run(other)) - np.asarray(run(context))).max(axis=-1)
   assert not moved[0, :1].any()
   assert not moved[1, :6].any()
@@ -115,7 +122,9 @@ def test_pictures_change_what_comes_after_them_alone(made):
 
 def test_a_picture_of_another_row_is_not_seen(made):
   _, _, context, run = made
-  other = dataclasses.replace(context, images=context.images.at[1].set(0))
+  shown = context.media['image']
+  shown = shown.replace(values=shown.values.at[1].set(0))
+  other = dataclasses.replace(context, media={'image': shown})
   moved = np.abs(np.asarray(run(other)) - np.asarray(run(context))).max(axis=-1)
   assert not moved[0].any()
   assert moved[1].any()
@@ -140,11 +149,11 @@ def test_without_pictures_it_is_the_decoder_of_text(made):
 
 def test_the_stack_knows_the_modality_but_no_pixels(made):
   _, _, context, _ = made
-  inner = without_images(context)
-  assert inner.images is None
+  inner = without_media(context)
+  assert inner.media is None
   assert inner.placeholders is None
   np.testing.assert_array_equal(inner.modality, np.asarray(context.placeholders) >= 0)
-  assert without_images(text_context(context.tokens)).modality is None
+  assert without_media(text_context(context.tokens)).modality is None
 
 
 def test_rematerialisation_changes_nothing(made):
@@ -183,5 +192,5 @@ def test_looking_ahead_is_refused():
 def test_context_is_a_pytree_of_arrays(made):
   """Fields that are absent are no leaves."""
   _, _, context, _ = made
-  assert len(jax.tree.leaves(context)) == 5
+  assert len(jax.tree.leaves(context)) == 6
   assert isinstance(context, Context)

@@ -35,7 +35,7 @@ from configs import (
 )
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten
-from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.batch import Batch, Media
 from deepseek_jax.layers.moe.balance import SequenceBalance
 from deepseek_jax.layers.moe.dispatch.all_gather import AllGather
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
@@ -170,7 +170,12 @@ def pictured(seed: int) -> Batch:
   return dataclasses.replace(
     batch,
     weights=batch.weights * (places < 0),
-    images=generator.integers(0, 256, (ROWS, 1, 64, 64, 3), np.uint8),
+    media={
+      'image': Media(
+        values=generator.integers(0, 256, (ROWS, 1, 64, 64, 3), np.uint8),
+        counts=np.full((ROWS, 1), 64, np.int32),
+      )
+    },
     placeholders=places,
   )
 
