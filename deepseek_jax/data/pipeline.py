@@ -1,6 +1,7 @@
 """From a description of the data to batches: any batch of the run, from its number alone."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterator
 from typing import Protocol
@@ -131,7 +132,13 @@ class TextData(Prepared[TextCorpus, PackedSplit]):
 
 
 def train_batches(
-  split: Rows, step: int, *, batch_size: int, seed: int, rows: slice | None = None
+  split: Rows,
+  step: int,
+  *,
+  batch_size: int,
+  seed: int,
+  rows: slice | None = None,
+  workers: int = 0,
 ) -> Iterator[Batch]:
   """Endless [B, T] NumPy batches of shuffled rows, in another order each epoch.
 
@@ -144,6 +151,7 @@ def train_batches(
     batch_size: B, over all hosts.
     seed: of the shuffling, from 0 to 2³² - 1.
     rows: which rows of each batch to read, for one host of several; None reads all.
+    workers: processes that read; 0 reads in threads of this one. The batches are the same.
 
   Raises:
     ValueError: the step is negative, or no row is asked for.
@@ -155,14 +163,20 @@ def train_batches(
     raise ValueError(f'rows: {rows} is none of the {batch_size} rows of a batch')
   import grain  # here, because it takes two seconds that only training should pay
 
-  def load(indices: np.ndarray) -> Batch:
-    return split.batch(indices[wanted])
-
   # Row numbers are shuffled and batched, which is cheap; each host then reads its rows only. A
   # number of epochs is given because grain counts batches in floats: those of one row, without end,
   # would be more than `len` may return.
   epochs = 2**52 // split.rows
   numbers = grain.MapDataset.range(split.rows).shuffle(seed=seed).repeat(epochs)
-  batches = numbers.batch(batch_size).map(load)
-  options = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
-  return iter(batches[step:].to_iter_dataset(options))
+  batches = numbers.batch(batch_size).map(functools.partial(_load, split, wanted))
+  if workers:
+    alone = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+    return iter(batches[step:].to_iter_dataset(alone).mp_prefetch(options))
+  reading = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
+  return iter(batches[step:].to_iter_dataset(reading))
+
+
+def _load(split: Rows, wanted: slice, indices: np.ndarray) -> Batch:
+  """The wanted rows of a batch; at the top of the module, so that it can go to other processes."""
+  return split.batch(indices[wanted])
