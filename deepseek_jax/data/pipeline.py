@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import pathlib
+import weakref
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
@@ -170,11 +172,43 @@ def train_batches(
   numbers = grain.MapDataset.range(split.rows).shuffle(seed=seed).repeat(epochs)
   batches = numbers.batch(batch_size).map(functools.partial(_load, split, wanted))
   if workers:
+    _settle_flag()
     alone = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
-    return iter(batches[step:].to_iter_dataset(alone).mp_prefetch(options))
+    return _Copies(iter(batches[step:].to_iter_dataset(alone).mp_prefetch(options)))
   reading = grain.ReadOptions(num_threads=_READ_THREADS, prefetch_buffer_size=_READ_AHEAD)
   return iter(batches[step:].to_iter_dataset(reading))
+
+
+class _Copies:
+  """Batches of other processes as arrays of this one; the processes end with it.
+
+  Grain hands arrays over in shared memory, which must be given back while the interpreter is whole.
+  """
+
+  def __init__(self, batches: Any):
+    self._batches = batches
+    # Unlike `__del__` it also runs at the end of the interpreter, and early enough.
+    weakref.finalize(self, batches.close)
+
+  def __iter__(self) -> Iterator[Batch]:
+    return self
+
+  def __next__(self) -> Batch:
+    return jax.tree.map(np.array, next(self._batches))
+
+
+def _settle_flag() -> None:
+  """Gives Grain's flag about its processes the default where nobody parses flags, as in a notebook.
+
+  Grain reads it with the first batch and would raise; scripts parse flags, and it is left alone.
+  """
+  from grain._src.core import profiler
+
+  holder: Any = getattr(profiler, '_GRAIN_ENABLE_MULTIPROCESS_WORKER_PROFILING', None)
+  if holder is not None:
+    flag = holder._flagvalues[holder.name]
+    flag.present = max(1, flag.present)
 
 
 def _load(split: Rows, wanted: slice, indices: np.ndarray) -> Batch:

@@ -1,1 +1,1 @@
-"""Pictures, clips, sounds and points with words: made on the spot, or read from the user's files."""
+"""Pictures, clips, sounds and points with words: made on the spot, or read from files."""

@@ -53,7 +53,11 @@ class Mover(NamedTuple):
   def keywords(self) -> list[str]:
     """The words that tell it from others."""
     words = self.thing.split()[1:]
-    return [*(w for w in words if w != 'digit'), self.motion or 'still', *filter(None, [self.speed])]
+    return [
+      *(w for w in words if w != 'digit'),
+      self.motion or 'still',
+      *filter(None, [self.speed]),
+    ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -132,9 +132,7 @@ class Clouds(Maker[Arrangement]):
     words = [*scene.first, *(scene.second or ()), *filter(None, [scene.relation])]
     return {'keywords': list(dict.fromkeys(words))}
 
-  def paint(
-    self, scene: Arrangement, rng: np.random.Generator, split: Split
-  ) -> list[np.ndarray]:
+  def paint(self, scene: Arrangement, rng: np.random.Generator, split: Split) -> list[np.ndarray]:
     """The cloud [P, 6] float32."""
     del split
     things = [scene.first, *([scene.second] if scene.second else [])]
@@ -158,9 +156,7 @@ def solid(thing: Thing, rng: np.random.Generator) -> Solid:
   return Solid(kind=thing.kind, radius=radius, height=height)
 
 
-def apart(
-  first: Solid, second: Solid, relation: str, rng: np.random.Generator
-) -> np.ndarray:
+def apart(first: Solid, second: Solid, relation: str, rng: np.random.Generator) -> np.ndarray:
   """How far to move the first of two solids on one place [3], so that it stands where it should.
 
   Along the relation's axis there is a gap between them; across it they are nearly in line.

@@ -11,14 +11,28 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.media.clip import Clips
 from deepseek_jax.data.media.cloud import Clouds
 from deepseek_jax.data.media.drawings import Drawings, Passages
+from deepseek_jax.data.media.folder import MediaFolder
 from deepseek_jax.data.media.question import Questions
 from deepseek_jax.data.media.record import Fault, Form, Record, Records
 from deepseek_jax.data.media.scene import Scenes
+from deepseek_jax.data.media.shards import ParquetFiles, TarShards
 from deepseek_jax.data.media.sound import Sounds
 from deepseek_jax.data.media.speech import Speech
 from deepseek_jax.data.split import Split
 
-Single = Drawings | Passages | Scenes | Questions | Clips | Sounds | Speech | Clouds
+Single = (
+  Drawings
+  | Passages
+  | Scenes
+  | Questions
+  | Clips
+  | Sounds
+  | Speech
+  | Clouds
+  | MediaFolder
+  | TarShards
+  | ParquetFiles
+)
 
 
 def merge_forms(sources: tuple, name: str) -> dict[str, Form]:

@@ -33,6 +33,5 @@ def need(module: str, what: str) -> None:
   if not present(module):
     extra = _EXTRAS.get(module, 'media')
     raise ConfigError(
-      f'{what} needs the optional package {_PACKAGES[module]}: '
-      f"pip install 'deepseek_jax[{extra}]'"
+      f"{what} needs the optional package {_PACKAGES[module]}: pip install 'deepseek_jax[{extra}]'"
     )

@@ -35,7 +35,9 @@ class Packed:
 
   def __post_init__(self):
     errors = [
-      f'`{kind}` is {most}; expected 1 or more' for kind in KINDS if (most := getattr(self, kind)) < 1
+      f'`{kind}` is {most}; expected 1 or more'
+      for kind in KINDS
+      if (most := getattr(self, kind)) < 1
     ]
     if errors:
       raise ConfigError(errors)
@@ -211,9 +213,9 @@ def make_plan(
   if weights is None:
     weights = [max(count, 1) for count in counts]
   order = mix(counts, weights, rng)
-  drawn = np.concatenate(
-    [np.column_stack([np.full(len(p), k), p]) for k, p in enumerate(pieces)]
-  )[np.concatenate([[0], np.cumsum(counts)])[order[:, 0]] + order[:, 1]]
+  drawn = np.concatenate([np.column_stack([np.full(len(p), k), p]) for k, p in enumerate(pieces)])[
+    np.concatenate([[0], np.cumsum(counts)])[order[:, 0]] + order[:, 1]
+  ]
   if layout.together == 1:
     return MediaPlan(pieces=drawn, rows=np.arange(len(drawn) + 1))
   media = np.concatenate([np.asarray(d.media) for d in documents])

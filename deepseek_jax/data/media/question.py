@@ -174,18 +174,14 @@ def _ask_colour(
   return f'What colour is the {shape}?', [figure, *others]
 
 
-def _ask_shape(
-  rng: np.random.Generator, answer: str, cells: list[int]
-) -> tuple[str, list[Figure]]:
+def _ask_shape(rng: np.random.Generator, answer: str, cells: list[int]) -> tuple[str, list[Figure]]:
   colour = pick(rng, tuple(COLOURS))
   others = _others(rng, cells[1:], _without(tuple(COLOURS), colour), SHAPES)
   figure = _figure(rng, cells[0], (colour, answer))
   return f'What shape is the {colour} figure?', [figure, *others]
 
 
-def _ask_count(
-  rng: np.random.Generator, answer: str, cells: list[int]
-) -> tuple[str, list[Figure]]:
+def _ask_count(rng: np.random.Generator, answer: str, cells: list[int]) -> tuple[str, list[Figure]]:
   count, colours = NUMBERS.index(answer), tuple(COLOURS)
   if rng.random() < 0.5:
     colour = pick(rng, colours)
@@ -198,9 +194,7 @@ def _ask_count(
   return f'How many figures are of the shape {shape}?', figures
 
 
-def _ask_place(
-  rng: np.random.Generator, answer: str, cells: list[int]
-) -> tuple[str, list[Figure]]:
+def _ask_place(rng: np.random.Generator, answer: str, cells: list[int]) -> tuple[str, list[Figure]]:
   look = pick(rng, tuple(COLOURS)), pick(rng, SHAPES)
   cell = PLACES.index(answer)
   free = [c for c in cells if c != cell][: len(cells) - 1]
@@ -210,9 +204,7 @@ def _ask_place(
   ]
 
 
-def _ask_size(
-  rng: np.random.Generator, answer: str, cells: list[int]
-) -> tuple[str, list[Figure]]:
+def _ask_size(rng: np.random.Generator, answer: str, cells: list[int]) -> tuple[str, list[Figure]]:
   look = pick(rng, tuple(COLOURS)), pick(rng, SHAPES)
   figure = Figure(cells[0], answer, *look)
   return f'Is the {" ".join(look)} small or large?', [figure, *_unlike(rng, cells[1:], [look])]
@@ -228,9 +220,7 @@ def _ask_relation(
   # Cells in one row are neither above nor below each other: others are taken.
   near, far = sorted(rng.choice(3, 2, replace=False).tolist())
   across = rng.integers(3, size=2).tolist()
-  low, high = (
-    (3 * k + a if level else 3 * a + k) for k, a in zip((near, far), across)
-  )
+  low, high = ((3 * k + a if level else 3 * a + k) for k, a in zip((near, far), across))
   truth = (answer == 'yes') == (relation in ('left of', 'above'))
   place, other = (low, high) if truth else (high, low)
   free = [c for c in cells if c not in (place, other)][: len(cells) - 2]

@@ -108,7 +108,7 @@ class Fault:
   reason: str
 
 
-class Unreadable(Exception):
+class UnreadableError(Exception):
   """A medium or its caption cannot be used; the message says why."""
 
 
@@ -132,7 +132,7 @@ class Records(Protocol):
     """The media of a document, in order.
 
     Raises:
-      Unreadable: one can no longer be read.
+      UnreadableError: one can no longer be read.
     """
 
 

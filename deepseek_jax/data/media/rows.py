@@ -15,7 +15,7 @@ from deepseek_jax.data.media.drawings import Drawings
 from deepseek_jax.data.media.encode import KINDS, SLOT_BITS, Encoded, encoded
 from deepseek_jax.data.media.mixture import AnyMedia, Mixture, Share, merge_forms
 from deepseek_jax.data.media.plan import Alone, Beside, MediaPlan, Packed, media_plan
-from deepseek_jax.data.media.record import Fault, Record, Records, Unreadable
+from deepseek_jax.data.media.record import Fault, Record, Records, UnreadableError
 from deepseek_jax.data.pipeline import Prepared, train_batches
 from deepseek_jax.data.split import SPLITS, Split
 from deepseek_jax.data.tokenizer import BPE, AnyTokenizer, Tokenizer
@@ -131,9 +131,7 @@ class MediaCorpus:
         OpenSource(
           name=type(self.shares[k].source).__name__,
           records=opened[k],
-          documents=encoded(
-            self.shares[k].source, opened[k], split, tokenizer, slots, cache_dir
-          ),
+          documents=encoded(self.shares[k].source, opened[k], split, tokenizer, slots, cache_dir),
         )
         for k in chosen
       )
@@ -288,7 +286,7 @@ class MediaSplit:
     if source.documents.media[document].any():
       try:
         media = source.records.render(self.name, document)
-      except Unreadable as error:
+      except UnreadableError as error:
         _log.warning('%s: left out: %s', source.documents.names[document], error)
         return
     kinds = source.records.record(self.name, document).media if len(media) else ()

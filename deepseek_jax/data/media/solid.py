@@ -77,9 +77,7 @@ def _cylinder(rng: np.random.Generator, count: int, radius: float, height: float
   side, top, bottom = _pieces(rng, count, [2 * height, radius, radius])
   cosine, sine = _turn(rng, side)
   wall = np.stack([radius * cosine, radius * sine, rng.uniform(0, height, side)], axis=1)
-  return np.concatenate(
-    [wall, _disc(rng, top, radius, height), _disc(rng, bottom, radius, 0.0)]
-  )
+  return np.concatenate([wall, _disc(rng, top, radius, height), _disc(rng, bottom, radius, 0.0)])
 
 
 def _cone(rng: np.random.Generator, count: int, radius: float, height: float) -> np.ndarray:

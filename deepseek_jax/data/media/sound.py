@@ -135,9 +135,7 @@ class Sounds(Maker[Score]):
     """Draws what is played."""
     kind = pick(rng, ('tone', 'chord', 'run', 'rhythm'))
     if kind == 'rhythm':
-      return Score(
-        kind, pick(rng, BEATS), 0, 0, pick(rng, tuple(SPACING)), int(rng.integers(2, 7))
-      )
+      return Score(kind, pick(rng, BEATS), 0, 0, pick(rng, tuple(SPACING)), int(rng.integers(2, 7)))
     name, pitch = pick(rng, tuple(INSTRUMENTS)), int(rng.integers(len(PITCHES)))
     if kind == 'tone':
       return Score(kind, name, pitch, pick(rng, OCTAVES), '', 1)
@@ -242,7 +240,9 @@ def beat(name: str, length: int, rate: int, rng: np.random.Generator) -> np.ndar
       sweep = 2 * np.pi * (70 * time + 60 * 0.03 * (1 - np.exp(-time / 0.03)))
       return np.sin(sweep) * np.exp(-time / 0.06) + 0.1 * noise * np.exp(-time / 0.005)
     case 'woodblock':
-      ring = np.sin(2 * np.pi * 900 * time) + 0.5 * np.sin(2 * np.pi * min(1480, 0.45 * rate) * time)
+      ring = np.sin(2 * np.pi * 900 * time) + 0.5 * np.sin(
+        2 * np.pi * min(1480, 0.45 * rate) * time
+      )
       return ring * np.exp(-time / 0.015)
     case 'shaker':
       # The difference of neighbours takes the low part of the noise away.
