@@ -75,7 +75,7 @@ def beyond(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def blend(canvas: np.ndarray, ink: np.ndarray, colour: tuple[int, int, int]) -> None:
-  """Puts a colour on a canvas [S, S, 3] float32 as far as the ink [S, S], from 0 to 1, covers it."""
+  """Puts a colour on a canvas [S, S, 3] float32 where there is ink [S, S], from 0 to 1."""
   canvas += ink[..., None] * (np.asarray(colour, np.float32) - canvas)
 
 

@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -119,7 +118,7 @@ def open_files(source: FileSource, cache_dir: pathlib.Path) -> 'FileRecords':
 
 
 def _sift(source: FileSource) -> tuple[list[list[Any]], list[Fault]]:
-  """Items that can be decoded, as JSON rows with their place in [0, 1), and the faults of others."""
+  """Items that can be decoded, as JSON rows with a place in [0, 1), and the faults of others."""
   items, faults = source.items()
   progress = Progress('checking', 'media')
   kept = []
@@ -224,13 +223,8 @@ def fault_table(faults: Sequence[Fault]) -> str:
   return '\n'.join([*lines, *(f'{fault.name}: {fault.reason}' for fault in faults)])
 
 
-@functools.lru_cache(maxsize=8)
-def open_file(path: str, process: int) -> Any:
-  """A file kept open for many reads, in every process anew."""
-  del process
-  return open(path, 'rb')
-
-
 def read_range(path: str, start: int, size: int) -> bytes:
-  """Some bytes of a file; safe from many threads."""
-  return os.pread(open_file(path, os.getpid()).fileno(), size, start)
+  """Some bytes of a file."""
+  with open(path, 'rb') as stream:
+    stream.seek(start)
+    return stream.read(size)

@@ -1,4 +1,4 @@
-"""Documents that are made from their numbers: the same everywhere, and held out by what they say."""
+"""Documents that are made from their numbers, the same everywhere, and held out by content."""
 
 import abc
 import dataclasses

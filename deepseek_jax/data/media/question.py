@@ -1,7 +1,7 @@
 """Questions about pictures that are made to be asked about, with exact answers.
 
-Question and answer are drawn first, each answer of a question equally often, and the picture is made
-to fit. So the question says nothing about the answer: who does not look is right by chance.
+Question and answer are drawn first, each answer of a question equally often, and the picture is
+made to fit. So the question says nothing about the answer: who does not look is right by chance.
 """
 
 import dataclasses
@@ -255,7 +255,7 @@ class Blind(NamedTuple):
 
 
 def blind_accuracy(records: Records) -> Blind:
-  """Learns what the words of the training questions say of the answers, and tries it on the others."""
+  """Learns what the words of training questions say of their answers; tries it on the others."""
   exact: dict[str, Counter] = defaultdict(Counter)
   by_kind: dict[str, Counter] = defaultdict(Counter)
   for index in range(records.count('train')):

@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
+import glob
 import os
 import pathlib
 import tarfile
 from typing import Any
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.data import text_file
 from deepseek_jax.data.media.caption_file import SIDECARS, checked, from_sidecar
 from deepseek_jax.data.media.decode import EXTENSIONS, Sizes, kind_of
 from deepseek_jax.data.media.files import (
@@ -154,14 +154,16 @@ def matching(pattern: str, endings: tuple[str, ...], field: str) -> list[pathlib
   Raises:
     ConfigError: there are none, or one has another ending.
   """
-  paths = text_file.matches(pattern)
+  paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+  if not paths:
+    raise ConfigError(f'{field}: no file matches {pattern!r}')
   wrong = [str(path) for path in paths if path.suffix.lower() not in endings]
   if wrong:
     raise ConfigError(
       f'{field}: expected files that end in {" or ".join(endings)} (not compressed), found '
       f'{", ".join(wrong[:3])}'
     )
-  return list(paths)
+  return paths
 
 
 @dataclasses.dataclass(frozen=True)
