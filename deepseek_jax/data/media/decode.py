@@ -29,7 +29,7 @@ EXTENSIONS = {
 }
 """Endings of the names of files of each kind."""
 
-_FORMATS = ('PNG', 'JPEG', 'MPO', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
+_FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM')
 # Softer than the noise of 16 bits.
 _SILENT = 1e-4
 
