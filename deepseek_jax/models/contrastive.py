@@ -76,7 +76,7 @@ class Towers(NamedTuple):
 
 
 class ContrastiveDecoder(MultimodalDecoder):
-  """Tokens [B, T] and media [B, M, …] -> hidden states [B, T, D] of the text; a loss in `losses`."""
+  """Tokens [B, T] and media [B, M, …] -> hidden states [B, T, D] of the text; and a loss."""
 
   config: Contrastive
 

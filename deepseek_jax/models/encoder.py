@@ -52,7 +52,7 @@ class Encoder(nn.Module):
     width: channels D of the model.
     dtype: compute dtype.
     remat: what the backward pass recomputes, or None.
-    ending: how its channels come to the model's; of what all encoders share, the model is the owner.
+    ending: how its channels come to the model's; what all encoders share is the model's own.
   """
 
   config: AnyEncoder

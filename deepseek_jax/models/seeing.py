@@ -1,4 +1,4 @@
-"""Encoders of several kinds of media in front of a model, and what the model needs to know of them."""
+"""Encoders of several kinds of media in front of a model, and what it needs to know of them."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Attention to several modalities, each by itself, summed by weights that depend on the question."""
+"""Attention to several modalities, each by itself, summed with weights that a question makes."""
 
 import jax
 import jax.numpy as jnp

@@ -113,7 +113,7 @@ class Text1D:
 
   @property
   def stem_vectors(self) -> dict[str, int]:
-    """Vectors that meet a weight of the stem, where they are not `patches`: the first convolution."""
+    """Vectors that meet a weight of the stem, where they are not `patches`: the first kernel."""
     return {'line/first': self.length}
 
   def stem(self, dtype: DTypeLike, name: str | None = None) -> nn.Module:
@@ -209,7 +209,7 @@ class Waveform:
 
   @property
   def stem_vectors(self) -> dict[str, int]:
-    """Vectors that meet a weight of the stem, where they are not `patches`: the first convolution."""
+    """Vectors that meet a weight of the stem, where they are not `patches`: the first kernel."""
     return {'line/first': self.samples // self.hop}
 
   def stem(self, dtype: DTypeLike, name: str | None = None) -> nn.Module:

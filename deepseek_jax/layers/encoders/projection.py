@@ -37,8 +37,9 @@ class SeparateProjection:
 class SharedProjection:
   """One matrix for all kinds of media, to a space that they share.
 
-  Encoders differ in width, so each comes to `shared_dim` channels by a matrix of its own and a GELU;
-  from there all media pass the same matrix to the shared space, and another to the model's width.
+  Encoders differ in width, so each comes to `shared_dim` channels by a matrix of its own and a
+  GELU; from there all media pass the same matrix to the shared space, and another to the model's
+  width.
 
   Attributes:
     shared_dim: channels of the shared space.

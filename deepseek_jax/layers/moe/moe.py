@@ -121,7 +121,7 @@ class MoE:
 
 
 class MoEFeedForward(nn.Module):
-  """[B, T, D] -> [B, T, D]; reports `router/load` [E], the same by modality and the balance loss."""
+  """[B, T, D] -> [B, T, D]; reports `router/load` [E], also by modality, and the balance loss."""
 
   config: MoE
 
