@@ -17,7 +17,7 @@ def made(seed=0):
 def counts_of(similarity, others, hardness):
   """How often each negative counts: as often as all together, shared out by nearness."""
   if not hardness:
-    return {m: 1.0 for m in others}
+    return dict.fromkeys(others, 1.0)
   share = {m: np.exp(hardness * similarity[m]) for m in others}
   return {m: len(others) * value / sum(share.values()) for m, value in share.items()}
 

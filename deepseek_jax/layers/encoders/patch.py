@@ -85,12 +85,12 @@ class Patch2D:
 
   def __post_init__(self):
     errors = wrong_sizes(self, ('size', 'patch', 'merge', 'width', 'depth'))
-    parts = [('patch', self.patch), ('merge', self.merge)]
-    # Channel-major joining fills a grid up to whole squares.
-    kept = parts[:1] if isinstance(self.order, ChannelMajor) else parts
-    if not errors and self.size % self.patch and isinstance(self.order, ChannelMajor):
-      kept = []
-    errors += not_divisible(self.size, 'size', kept) if not errors else []
+    # Channel-major joining fills a grid up to whole squares, as pixels may be left over before.
+    if not errors and not isinstance(self.order, ChannelMajor):
+      parts = [('patch', self.patch), ('merge', self.merge)]
+      errors = not_divisible(self.size, 'size', parts)
+    if not errors and self.size < self.patch:
+      errors.append(f'`size` is {self.size}, less than one `patch` of {self.patch}')
     if errors:
       raise ConfigError(errors)
 
