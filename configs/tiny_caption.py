@@ -12,6 +12,7 @@ from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.layers.attention.bidirectional import Bidirectional
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.encoders.patch import Patch2D
+from deepseek_jax.layers.encoders.projection import SeparateProjection
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
@@ -26,6 +27,7 @@ def get_config() -> Experiment:
   return Experiment(
     name='tiny_caption',
     model=Multimodal(
+      projection=SeparateProjection(),
       text=DeepSeekV3(
         depth=3,
         width=32,

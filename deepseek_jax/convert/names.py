@@ -13,6 +13,7 @@ from deepseek_jax.convert.forms import (
   ToHeads,
   Turned,
 )
+from deepseek_jax.convert.vision import vision_entries
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.csa import CSA
 from deepseek_jax.layers.attention.hca import HCA
@@ -27,6 +28,7 @@ from deepseek_jax.layers.moe.router.softmax import Softmax
 from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
+from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.plan import Block
 
 
@@ -56,12 +58,14 @@ class Names(NamedTuple):
   copies: dict[str, str]
 
 
-def names_of(model: DeepSeekV3 | DeepSeekV4) -> Names:
+def names_of(model: DeepSeekV3 | DeepSeekV4 | Multimodal) -> Names:
   """Returns the names on the hub.
 
   Raises:
     ConfigError: the model has parts that no released model has.
   """
+  if isinstance(model, Multimodal):
+    return Names([Entry(*named) for named in vision_entries(model)], {})
   if isinstance(model, DeepSeekV4):
     return _v4(model)
   return _v3(model)

@@ -16,10 +16,12 @@ class MediaShape:
 
   Attributes:
     values: [M, …], sizes of `Media.values` without its rows.
+    slots: embeddings that a model makes of each.
     dtype: name of its dtype.
   """
 
   values: tuple[int, ...]
+  slots: int
   dtype: str = 'uint8'
 
 

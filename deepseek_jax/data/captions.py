@@ -62,7 +62,8 @@ class ImageCaptions:
   @property
   def media(self) -> dict[str, MediaShape]:
     """A picture a row."""
-    return {'image': MediaShape(values=(1, self.source.side, self.source.side, 3))}
+    side = self.source.side
+    return {'image': MediaShape(values=(1, side, side, 3), slots=self.slots)}
 
   def prepare(self, cache_dir: pathlib.Path) -> 'CaptionData':
     """Decodes the pictures, or opens what an earlier run did, and encodes the captions.

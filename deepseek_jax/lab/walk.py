@@ -21,7 +21,6 @@ from deepseek_jax.hub import Pretrained
 from deepseek_jax.infer.decode import PlacedModel, Variables
 from deepseek_jax.layers.context import Context, text_context
 from deepseek_jax.models.decoder import Decoder, canonical, plan_segments
-from deepseek_jax.models.multimodal import without_media
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.stack import TransformerBlock
 from deepseek_jax.sharding.rules import Rules
@@ -84,7 +83,7 @@ def walk(model: Pretrained, context: Context, read: Reader | None = None) -> Ite
   placed = PlacedModel(decoder, model.variables)
   stream = placed.call(_open, context)
   yield Visit(-1, stream, ())
-  context = without_media(context)
+  context = decoder.inner(context)
   for index, block in enumerate(decoder.config.layers()):
     variables = {name: tree.get(str(index), {}) for name, tree in layers.items()}
     with placed.on_mesh():

@@ -41,10 +41,13 @@ class Media:
       [B, M, P, 3 + C] float32, coordinates before features; passages [B, M, T] int32 tokens.
     counts: [B, M] int32 how many entries of the first axis of each medium are real (lines of
       pixels, frames, samples, points, tokens), the others after them; 0 where there is no medium.
+    boxes: [B, M, 5] float32 of tiles: number of the picture in its row, then top, left, bottom and
+      right as shares of the whole picture as it is shown. None of other kinds.
   """
 
   values: jax.Array
   counts: jax.Array
+  boxes: jax.Array | None = None
 
   @property
   def real(self) -> jax.Array:
@@ -60,11 +63,13 @@ class Memory:
     values: [B, S, D] vectors, such as an encoder makes.
     positions: [B, S] int32 place of each in its segment.
     segments: [B, S] int32 segment of the row's tokens that may see it; 0 is padding.
+    modality: [B, S] int32, see `MODALITIES`; None where that is of no interest.
   """
 
   values: jax.Array
   positions: jax.Array
   segments: jax.Array
+  modality: jax.Array | None = None
 
 
 @struct.dataclass

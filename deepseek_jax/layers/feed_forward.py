@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.layers.bias import Bias, add_bias
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.norm import swiglu
@@ -81,3 +82,68 @@ class SwiGLUFeedForward(nn.Module):
     parts = (jnp.einsum('btd,df->btf', x, matrix) for matrix in (gate, up))
     h = swiglu(*parts, limit=self.config.limit)
     return jnp.einsum('btf,fd->btd', h, down)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GELU:
+  """The Gaussian error linear unit, by the error function.
+
+  Source: Hendrycks & Gimpel, arXiv 1606.08415, equation 1.
+  """
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Returns x · Φ(x) of `x` [...]."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TanhGELU:
+  """The Gaussian error linear unit, by its approximation with a hyperbolic tangent.
+
+  Source: Hendrycks & Gimpel, arXiv 1606.08415, section 2.
+  """
+
+  def apply(self, x: jax.Array) -> jax.Array:
+    """Returns about x · Φ(x) of `x` [...]."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLP:
+  """Two matrices with a unit between them: the feed-forward layer of most encoders.
+
+  Attributes:
+    hidden: hidden units F.
+    unit: what each hidden unit does.
+    bias: offsets beside both matrices, or None.
+
+  Source: Vaswani et al., arXiv 1706.03762, section 3.3.
+  """
+
+  hidden: int
+  unit: GELU | TanhGELU = GELU()
+  bias: Bias | None = Bias()
+
+  def __post_init__(self):
+    if self.hidden < 1:
+      raise ConfigError(f'`hidden` is {self.hidden}; expected at least 1 hidden unit')
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return MLPFeedForward(self, name=name)
+
+
+class MLPFeedForward(nn.Module):
+  """[B, T, D] -> [B, T, D]."""
+
+  config: MLP
+
+  @nn.compact
+  def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+    """Applies the layer to `x` [B, T, D]."""
+    c, width = self.config, x.shape[-1]
+    up = weight(self, 'up', (width, c.hidden), ('embed', 'mlp'), dtype=x.dtype)
+    h = add_bias(c.bias, self, 'up_bias', jnp.einsum('btd,df->btf', x, up), ('mlp',))
+    down = weight(self, 'down', (c.hidden, width), ('mlp', 'embed'), dtype=x.dtype)
+    y = jnp.einsum('btf,fd->btd', c.unit.apply(h), down)
+    return add_bias(c.bias, self, 'down_bias', y, (None,))

@@ -27,7 +27,8 @@ class Weight:
     shape: sizes of its axes.
     axes: logical axis names.
     used: share of it that one token meets (chosen over all experts), 0 for a look-up table.
-    vectors: for a weight of an encoder, vectors of one picture that meet it; None where tokens do.
+    vectors: for a weight of an encoder, by kind of media how many vectors of one medium meet it;
+      empty where tokens do.
     products: how many times over a token is multiplied with the share it meets.
   """
 
@@ -35,7 +36,7 @@ class Weight:
   shape: tuple[int, ...]
   axes: tuple[str | None, ...]
   used: float
-  vectors: int | None = None
+  vectors: tuple[tuple[str, int], ...] = ()
   products: float = 1.0
 
   @property
@@ -56,12 +57,11 @@ def weights_of(family: Family, params: Any, axes: Any, remat: Remat | None = Non
   result = []
   for address, leaf in flatten(params).items():
     names = flat_axes[address]
-    met, vectors = _met(address, blocks), None
-    if address.startswith('embedding/') or address.endswith('stem/position'):
+    met = _met(address, blocks)
+    vectors = encoder_vectors(family, address) if isinstance(family, Multimodal) else ()
+    look_up = vectors and address.rpartition('/')[2] in ('position', 'embedding')
+    if address.startswith('embedding/') or look_up:
       met = Met(0.0)
-    if isinstance(family, Multimodal) and address.startswith('image/'):
-      image = family.image
-      vectors = image.slots if address.startswith('image/projection/') else image.patches
     result.append(
       Weight(address, tuple(leaf.shape), names, met.share, vectors, products=met.products)
     )
@@ -111,20 +111,42 @@ def active_parameters(weights: list[Weight]) -> int:
   Those of an encoder are not among them: patches meet them, which are no tokens. What several of a
   token's experts share counts once.
   """
-  return round(sum(w.size * w.used for w in weights if w.is_matrix and w.vectors is None))
+  return round(sum(w.size * w.used for w in weights if w.is_matrix and not w.vectors))
 
 
-def picture_flops(family: Family, weights: list[Weight]) -> float:
-  """Returns forward FLOPs of encoding one picture; 0 for a model of text."""
-  if not isinstance(family, Multimodal):
+def medium_flops(family: Family, weights: list[Weight], kind: str) -> float:
+  """Returns forward FLOPs of encoding one medium of a kind; 0 where the model has no such encoder.
+
+  What is done without weights (spectra, distances of points) is not counted.
+  """
+  if not isinstance(family, Multimodal) or kind not in family.encoders:
     return 0.0
-  image = family.image
-  products = sum(2.0 * w.size * w.vectors for w in weights if w.is_matrix and w.vectors is not None)
-  mixing = sum(block.attention.mixing_flops(image.patches) for block in encoder_layers(image))
-  return products + mixing * image.patches
+  encoder = family.encoders[kind]
+  products = sum(2.0 * w.size * dict(w.vectors).get(kind, 0) for w in weights if w.is_matrix)
+  mixing = sum(block.attention.mixing_flops(encoder.patches) for block in encoder_layers(encoder))
+  return products + mixing * encoder.patches
 
 
-def forward_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
+def encoder_vectors(family: Multimodal, address: str) -> tuple[tuple[str, int], ...]:
+  """Returns how many vectors of one medium of each kind meet a weight; () if it is no encoder's."""
+  part, _, rest = address.partition('/')
+  result = []
+  for kind, encoder in family.encoders.items():
+    if part == ('image' if kind == 'tile' else kind):
+      count = encoder.patches
+      if rest.startswith('projection/'):
+        count = encoder.slots
+      elif rest.startswith('stem/'):
+        count = encoder.stem_vectors.get(rest.removeprefix('stem/'), count)
+      result.append((kind, count))
+    elif part in ('shared', 'view', 'beside') or part.startswith('beside_'):
+      result.append((kind, encoder.slots))
+  return tuple(result)
+
+
+def forward_flops(
+  family: Family, weights: list[Weight], length: int, media: Mapping[str, int] | None = None
+) -> float:
   """Returns forward FLOPs a token: 2 a parameter it is multiplied with, and what is mixed.
 
   Attention is counted causally, over segments of `length` tokens: packed documents that are
@@ -135,26 +157,27 @@ def forward_flops(family: Family, weights: list[Weight], length: int, pictures: 
     family: the model.
     weights: from `weights_of`.
     length: tokens in a row.
-    pictures: pictures in a row; their encoding is shared out to its tokens.
+    media: how many of each kind a row has; their encoding is shared out to its tokens.
   """
   mixing = sum(
     block.attention.mixing_flops(length) + 2 * block.residual.mixing_flops(family.width)
     for block in _blocks(family)
   )
   head = family.width * family.vocab * len(_ahead(family))
-  seen = pictures * picture_flops(family, weights) / length
-  met = round(
-    sum(w.size * w.used * w.products for w in weights if w.is_matrix and w.vectors is None)
-  )
+  media = media or {}
+  seen = sum(count * medium_flops(family, weights, kind) for kind, count in media.items()) / length
+  met = round(sum(w.size * w.used * w.products for w in weights if w.is_matrix and not w.vectors))
   return 2.0 * (met + head) + mixing + seen
 
 
-def training_flops(family: Family, weights: list[Weight], length: int, pictures: int = 0) -> float:
+def training_flops(
+  family: Family, weights: list[Weight], length: int, media: Mapping[str, int] | None = None
+) -> float:
   """Returns FLOPs a token of a training step: forward and twice that backward, no recomputation.
 
   Source: the convention of PaLM, arXiv 2204.02311, appendix B.
   """
-  return 3.0 * forward_flops(family, weights, length, pictures)
+  return 3.0 * forward_flops(family, weights, length, media)
 
 
 def making_flops(family: Family) -> float:

@@ -82,10 +82,15 @@ class Decoder(nn.Module):
     stream, caches = self.run(context, caches)
     return self.finish(stream), caches
 
+  @nn.nowrap
+  def inner(self, context: Context) -> Context:
+    """Returns the context [B, T] as the layers of the stack are given it."""
+    return context
+
   def run(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
     """Returns the residual stream [B, T, …] after the last layer, and the caches."""
     stream = self.open.open(self.embed(context.tokens, context))
-    return self.stack(stream, context, caches)
+    return self.stack(stream, self.inner(context), caches)
 
   def finish(self, stream: jax.Array) -> jax.Array:
     """Returns the hidden states [B, T, D] of a stream [B, T, …], after the final norm."""

@@ -10,8 +10,9 @@ import numpy as np
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.bidirectional import Bidirectional
-from deepseek_jax.layers.attention.cross import CrossAttention
+from deepseek_jax.layers.attention.cross import CrossAttention, OrderedCross
 from deepseek_jax.layers.attention.csa import CSA
+from deepseek_jax.layers.attention.fusion import Fusion
 from deepseek_jax.layers.attention.gated import Gated
 from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.latent import MLA
@@ -22,10 +23,10 @@ from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA
 from deepseek_jax.layers.attention.top_k import TopK
 from deepseek_jax.layers.attention.window import Window
-from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.feed_forward import MLP, SwiGLU
 from deepseek_jax.layers.hyper_connections import HyperConnections
 from deepseek_jax.layers.moe.moe import MoE
-from deepseek_jax.layers.norm import RMSNorm
+from deepseek_jax.layers.norm import LayerNorm, RMSNorm
 from deepseek_jax.layers.residual import Add
 
 
@@ -54,10 +55,12 @@ class Block:
     | CSA
     | Bidirectional
     | CrossAttention
+    | OrderedCross
+    | Fusion
   )
-  feed_forward: SwiGLU | MoE
+  feed_forward: SwiGLU | MLP | MoE
   residual: Add | HyperConnections = Add()
-  norm: RMSNorm = RMSNorm()
+  norm: RMSNorm | LayerNorm = RMSNorm()
 
 
 @dataclasses.dataclass(frozen=True)

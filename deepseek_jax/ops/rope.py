@@ -77,13 +77,52 @@ def rotate(
 
   Source: Su et al., arXiv 2104.09864, equation 34 (interleaved layout).
   """
-  angles = positions.astype(jnp.float32)[..., None] * frequencies
-  angles = angles.reshape(*positions.shape, *(1,) * (x.ndim - 3), len(frequencies))
+  return turn(x, positions.astype(jnp.float32)[..., None] * frequencies, magnitude)
+
+
+def turn(x: jax.Array, angles: jax.Array, magnitude: float = 1.0) -> jax.Array:
+  """Turns each pair of neighbouring channels (2k, 2k + 1) by an angle of its own.
+
+  Args:
+    x: [B, T, ..., R] queries or keys.
+    angles: [B, T, R / 2] float32 radians.
+    magnitude: factor on the result.
+
+  Returns:
+    [B, T, ..., R] in the dtype of `x`.
+  """
+  angles = angles.reshape(*angles.shape[:2], *(1,) * (x.ndim - 3), angles.shape[-1])
   cos, sin = jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
   return turned.reshape(x.shape).astype(x.dtype)
+
+
+def axial_angles(coordinates: jax.Array, dim: int, theta: float) -> jax.Array:
+  """Returns the angle of each pair of channels where a place has several coordinates.
+
+  Each axis turns a share of the pairs, the first ones those of the first axis; where they cannot be
+  shared evenly, the first axes have one more.
+
+  Args:
+    coordinates: [B, T, A] int32 or float32.
+    dim: channels R.
+    theta: base of the frequencies of every axis.
+
+  Returns:
+    [B, T, R / 2] float32 radians.
+
+  Source: Heo et al., arXiv 2403.13298, section 3.2 (axial frequencies).
+  """
+  axes = coordinates.shape[-1]
+  shares = [len(part) for part in np.array_split(np.arange(dim // 2), axes)]
+  places = coordinates.astype(jnp.float32)
+  parts = [
+    places[..., axis, None] * rope_frequencies(2 * share, theta)
+    for axis, share in enumerate(shares)
+  ]
+  return jnp.concatenate(parts, axis=-1)
 
 
 def rotate_halves(

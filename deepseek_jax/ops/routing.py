@@ -141,6 +141,25 @@ def expert_load(experts: jax.Array, real: jax.Array, count: int) -> jax.Array:
   return jax.lax.platform_dependent(chosen, cpu=scattered, default=compared)
 
 
+def load_by_group(
+  experts: jax.Array, real: jax.Array, group: jax.Array, groups: int, count: int
+) -> jax.Array:
+  """Counts the tokens of each group that chose each expert.
+
+  Args:
+    experts: [N, K] int32; E is nobody.
+    real: [N] bool; padding counts for nothing.
+    group: [N] int32 which group each token is of.
+    groups: number of groups G.
+    count: number of experts E.
+
+  Returns:
+    [G, E] float32 counts; their sum over groups is `expert_load`.
+  """
+  place = jnp.where(experts < count, group[:, None] * count + experts, groups * count)
+  return expert_load(place, real, groups * count).reshape(groups, count)
+
+
 def preference(chosen: jax.Array, count: int) -> jax.Array:
   """Turns experts in order of preference into selection scores.
 

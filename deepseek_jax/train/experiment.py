@@ -11,8 +11,10 @@ from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.recall import Recall
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.hash import Hash
+from deepseek_jax.models.contrastive import Contrastive
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
+from deepseek_jax.models.dual_stream import DualStream
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import ProportionalBias, SignBias
@@ -89,7 +91,7 @@ class Experiment:
   """
 
   name: str
-  model: DeepSeekV3 | DeepSeekV4 | Multimodal
+  model: DeepSeekV3 | DeepSeekV4 | Multimodal | DualStream | Contrastive
   data: TextCorpus | ImageCaptions | Recall
   optimizer: AdamW | Muon
   schedule: Schedule
@@ -204,28 +206,20 @@ class Experiment:
     return check_placement(self.placement, self._mixtures(), sharing)
 
   def _check_images(self) -> list[str]:
-    """What the data shows and what the model sees are the same pictures."""
+    """What the data shows and what the model sees are the same media."""
     model, data = self.model, self.data
-    if not isinstance(data, ImageCaptions):
+    name, kind = type(data).__name__, type(model).__name__
+    if not data.media:
       if not isinstance(model, Multimodal):
         return []
-      name = type(data).__name__
-      return [f'model is Multimodal, but data.{name} has no pictures to learn its encoder from']
+      return [f'model is {kind}, but data.{name} has no media to learn its encoders from']
     if not isinstance(model, Multimodal):
-      kind = type(model).__name__
-      return [f'data is ImageCaptions, but model.{kind} sees no pictures; try Multimodal']
-    errors = []
-    if data.slots != model.image.slots:
-      errors.append(
-        f'data.slots is {data.slots}, but model.image makes {model.image.slots} of a picture'
-      )
-    if data.source.side != model.image.size:
-      errors.append(
-        f'model.image.size is {model.image.size}, but the pictures of data.source have '
-        f'{data.source.side} pixels a side'
-      )
+      return [f'data is {name}, but model.{kind} sees no media; try Multimodal']
+    errors = model.check_media(
+      {kind: (shape.values[1:], shape.dtype, shape.slots) for kind, shape in data.media.items()}
+    )
     if self.rules.seq:
-      errors.append(f'rules.seq is {self.rules.seq}; pictures are not spread over a sequence axis')
+      errors.append(f'rules.seq is {self.rules.seq}; media are not spread over a sequence axis')
     return errors
 
   def _check_batch(self, devices: int) -> list[str]:

@@ -16,7 +16,7 @@ from deepseek_jax.models.cost import (
   active_share,
   forward_flops,
   making_flops,
-  picture_flops,
+  medium_flops,
   training_flops,
   weights_of,
 )
@@ -51,8 +51,12 @@ def describe_layers(model: Family, remat: Remat | None = None) -> str:
   plan = describe_plan(plan_segments(model, remat))
   if not isinstance(model, Multimodal):
     return plan
-  encoder = describe_plan(encoder_segments(model.image))
-  return f'encoder of pictures\n{encoder}\n\ndecoder\n{plan}'
+  parts = [
+    f'encoder of `{kind}`\n{describe_plan(encoder_segments(encoder))}'
+    for kind, encoder in model.encoders.items()
+    if kind != 'tile'
+  ]
+  return '\n\n'.join([*parts, f'decoder\n{plan}'])
 
 
 def describe_parameters(weights: Sequence[Weight]) -> str:
@@ -76,8 +80,8 @@ def step_flops(experiment: Experiment, weights: Sequence[Weight]) -> np.ndarray:
   not. Where nothing grows, all steps cost the same.
   """
   model, data = experiment.model, experiment.data
-  pictures = data.media['image'].values[0] if data.media else 0
-  token = training_flops(model, list(weights), data.length, pictures)
+  media = {kind: shape.values[0] for kind, shape in data.media.items()}
+  token = training_flops(model, list(weights), data.length, media)
   making = 3.0 * making_flops(model) * experiment.microbatches
   active = active_share(model, token / 3, experiment.train_steps)
   return token * active * data.length * data.batch_size + making
@@ -87,15 +91,16 @@ def describe_cost(experiment: Experiment, weights: Sequence[Weight]) -> str:
   """Returns parameters, FLOPs a token, and tokens of the whole run."""
   model, data = experiment.model, experiment.data
   step_tokens = data.batch_size * data.length
-  pictures = data.media['image'].values[0] if data.media else 0
-  forward = forward_flops(model, list(weights), data.length, pictures)
-  training = training_flops(model, list(weights), data.length, pictures)
+  media = {kind: shape.values[0] for kind, shape in data.media.items()}
+  forward = forward_flops(model, list(weights), data.length, media)
+  training = training_flops(model, list(weights), data.length, media)
   making = 3.0 * making_flops(model) * experiment.microbatches
   rows = [
     ('parameters', si(sum(weight.size for weight in weights))),
     ('of them met by a token', si(active_parameters(list(weights)))),
     *(
-      [('FLOPs of encoding a picture', si(picture_flops(model, list(weights))))] if pictures else []
+      (f'FLOPs of encoding one `{kind}`', si(medium_flops(model, list(weights), kind)))
+      for kind in media
     ),
     ('forward FLOPs a token', si(forward)),
     ('training FLOPs a token', si(training)),
@@ -156,13 +161,12 @@ def describe_batch(batch: Batch) -> str:
   """Returns shapes, dtypes and the first numbers of a batch's [B, T] arrays."""
   rows = [
     (
-      name,
+      '/'.join(str(getattr(key, 'name', getattr(key, 'key', key))) for key in path),
       str(tuple(value.shape)),
       str(value.dtype),
       ' '.join(map(str, value[0].reshape(-1)[:8].tolist())),
     )
-    for name, value in vars(batch).items()
-    if value is not None
+    for path, value in jax.tree_util.tree_leaves_with_path(batch)
   ]
   return table(rows, ('batch', 'shape', 'dtype', 'first row begins'))
 

@@ -13,12 +13,12 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.layers.context import Context, Media, text_context
 from deepseek_jax.layers.encoders.patch import Patch2D
-from deepseek_jax.models.cost import active_parameters, forward_flops, picture_flops, weights_of
+from deepseek_jax.models.cost import active_parameters, forward_flops, medium_flops, weights_of
 from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.models.encoder import Encoder, encoder_segments
 from deepseek_jax.models.mtp import MTP
-from deepseek_jax.models.multimodal import without_media
 from deepseek_jax.models.remat import EveryLayer, SquareRoot
+from deepseek_jax.models.seeing import without_media
 from deepseek_jax.sharding.rules import Rules, logical_axes
 
 MODEL = tiny_caption.get_config().model
@@ -75,13 +75,15 @@ def test_encoder(remat):
   images = np.random.default_rng(0).integers(0, 256, (3, 12, 12, 3), np.uint8)
   module = Encoder(SMALL, 7, remat=remat)
   plain = Encoder(SMALL, 7)
-  params = nn.meta.unbox(jax.jit(plain.init, static_argnums=2)(jax.random.key(0), images, Rules()))
+  media = Media(images[:, None], np.full((3, 1), 12, np.int32))
+  params = nn.meta.unbox(jax.jit(plain.init, static_argnums=2)(jax.random.key(0), media, Rules()))
   params = params['params']
   # Scales of ones would hide a norm that forgets its scale.
   params = jax.tree.map(lambda a: a * 1.3 if a.ndim == 1 else a, params)
   want = encoder_oracle(params, SMALL, images)
   assert want.shape == (3, 4, 7)
-  found = jax.jit(lambda p: module.apply({'params': p}, images, Rules()))(params)
+  found, real = jax.jit(lambda p: module.apply({'params': p}, media, Rules()))(params)
+  assert real.all()
   np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5)
 
 
@@ -149,11 +151,11 @@ def test_without_pictures_it_is_the_decoder_of_text(made):
 
 def test_the_stack_knows_the_modality_but_no_pixels(made):
   _, _, context, _ = made
-  inner = without_media(context)
+  inner = without_media(MODEL, context)
   assert inner.media is None
   assert inner.placeholders is None
   np.testing.assert_array_equal(inner.modality, np.asarray(context.placeholders) >= 0)
-  assert without_media(text_context(context.tokens)).modality is None
+  assert without_media(MODEL, text_context(context.tokens)).modality is None
 
 
 def test_rematerialisation_changes_nothing(made):
@@ -174,14 +176,14 @@ def test_cost():
   patches = 16 * (768 * 24 + 2 * layer)
   projected = 4 * (4 * 24 * 32 + 32 * 32)
   mixing = 2 * 16 * 4 * 4 * 8 * 16
-  assert picture_flops(MODEL, weights) == 2 * (patches + projected) + mixing
+  assert medium_flops(MODEL, weights, 'image') == 2 * (patches + projected) + mixing
   text = {k: v for k, v in params.items() if k != 'image'}
   plain = weights_of(MODEL.text, text, {k: v for k, v in axes.items() if k != 'image'})
   assert active_parameters(weights) == active_parameters(plain)
   base = forward_flops(MODEL.text, plain, 96)
   assert forward_flops(MODEL, weights, 96) == base
-  seen = forward_flops(MODEL, weights, 96, 1) - base
-  assert seen * 96 == pytest.approx(picture_flops(MODEL, weights))
+  seen = forward_flops(MODEL, weights, 96, {'image': 1}) - base
+  assert seen * 96 == pytest.approx(medium_flops(MODEL, weights, 'image'))
 
 
 def test_looking_ahead_is_refused():

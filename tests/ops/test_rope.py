@@ -7,7 +7,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from deepseek_jax.ops.rope import rope_frequencies, rotate, yarn_frequencies, yarn_magnitude
+from deepseek_jax.ops.rope import (
+  axial_angles,
+  rope_frequencies,
+  rotate,
+  turn,
+  yarn_frequencies,
+  yarn_magnitude,
+)
 
 V3 = {'theta': 10_000.0, 'factor': 40.0, 'original_length': 4096}
 V4_COMPRESSED = {'theta': 160_000.0, 'factor': 16.0, 'original_length': 65_536}
@@ -128,3 +135,33 @@ def test_rotate_keeps_bfloat16_and_its_angles_do_not():
     1.0,
   )
   assert np.max(np.abs(wrong - want)) > 0.1
+
+
+@pytest.mark.parametrize('axes', [1, 2, 3])
+def test_axes_turn_pairs_of_their_own(axes):
+  """Each axis is a plain rotation of its share of the channels; odd shares go to the first axes."""
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 5, 3, 16)), jnp.float32)
+  places = jnp.asarray(rng.integers(0, 9, (2, 5, axes)), jnp.int32)
+  got = turn(x, axial_angles(places, 16, 100.0))
+  start = 0
+  for axis, pairs in enumerate({1: (8,), 2: (4, 4), 3: (3, 3, 2)}[axes]):
+    part = slice(start, start + 2 * pairs)
+    want = rotate(x[..., part], places[..., axis], rope_frequencies(2 * pairs, 100.0))
+    np.testing.assert_allclose(got[..., part], want, atol=1e-6)
+    start += 2 * pairs
+  assert start == 16
+
+
+def test_a_score_depends_on_the_step_in_the_grid_alone():
+  rng = np.random.default_rng(1)
+  query, key = (jnp.asarray(rng.standard_normal((1, 1, 12)), jnp.float32) for _ in range(2))
+
+  def score(a, b):
+    a, b = (jnp.array([[place]], jnp.int32) for place in (a, b))
+    q, k = (turn(x, axial_angles(p, 12, 100.0)) for x, p in ((query, a), (key, b)))
+    return float(jnp.sum(q * k))
+
+  assert score((5, 2, 1), (3, 3, 0)) == pytest.approx(score((9, 4, 8), (7, 5, 7)), abs=1e-5)
+  for other in ((4, 3, 0), (3, 2, 0), (3, 3, 1)):
+    assert abs(score((5, 2, 1), (3, 3, 0)) - score((5, 2, 1), other)) > 1e-3

@@ -62,10 +62,32 @@ class CrossAttention:
     return HEAD_CACHE_AXES
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderedCross(CrossAttention):
+  """Cross-attention in which a token sees only the memory that does not lie after it.
+
+  The memory's positions are those of its segment's tokens. So a picture is seen by the words after
+  it and by no word before, and what is generated later changes nothing earlier.
+
+  Attributes:
+    heads: heads H.
+    head_dim: channels of a query, key or value head.
+    slots: longest memory that a cache holds, in vectors.
+  """
+
+  def build(self, name: str | None = None) -> nn.Module:
+    """Returns the module."""
+    return OrderedCrossAttention(self, name=name)
+
+
 class CrossHeadAttention(HeadAttention):
   """[B, T, D] -> [B, T, D], by what `context.memory` or the cache holds."""
 
   config: CrossAttention
+
+  def places(self, positions: jax.Array) -> jax.Array:
+    """Returns what of positions [B, T] counts: nothing, so that nothing comes after anything."""
+    return jnp.zeros_like(positions)
 
   @nn.compact
   def __call__(
@@ -78,23 +100,22 @@ class CrossHeadAttention(HeadAttention):
     """
     c, memory = self.config, context.memory
     query = self.heads(x, 'query', c.heads, c.head_dim, context)
-    # Where all positions are 0, nothing comes after a query.
-    nowhere = jnp.zeros_like(context.positions)
+    places = self.places(context.positions)
     if memory is None:
       if cache is None:
         raise ConfigError(
           'CrossAttention attends to `context.memory`, which is None: give the context a '
           'Memory(values, positions, segments), or a cache that was filled with one'
         )
-      mixed = self.attend(query, cache.key, cache.value, Seen(nowhere, cache.positions), context)
+      mixed = self.attend(query, cache.key, cache.value, Seen(places, cache.positions), context)
       return self.project(mixed, x.shape[-1], context), cache
     values = memory.values.astype(x.dtype)
     key = self.heads(values, 'key', c.heads, c.head_dim, context)
     value = self.heads(values, 'value', c.heads, c.head_dim, context)
-    slots = jnp.where(memory.segments > 0, 0, -1)
+    slots = jnp.where(memory.segments > 0, self.places(memory.positions), -1)
     if cache is not None:
       cache = self.remember(cache, key, value, slots)
-    seen = Seen(nowhere, slots, context.segments, memory.segments)
+    seen = Seen(places, slots, context.segments, memory.segments)
     mixed = self.attend(query, key, value, seen, context)
     return self.project(mixed, x.shape[-1], context), cache
 
@@ -111,3 +132,13 @@ class CrossHeadAttention(HeadAttention):
     return HeadCache(
       pad(key, 0).astype(cache.key.dtype), pad(value, 0).astype(cache.value.dtype), pad(slots, -1)
     )
+
+
+class OrderedCrossAttention(CrossHeadAttention):
+  """[B, T, D] -> [B, T, D], by what `context.memory` or the cache holds up to each token."""
+
+  config: OrderedCross
+
+  def places(self, positions: jax.Array) -> jax.Array:
+    """Returns positions [B, T] as they are."""
+    return positions

@@ -71,7 +71,8 @@ class Slots:
     own = np.repeat([TEXT, IMAGE], [self.text, self.image])
     if modality is None:
       return jnp.asarray(own == TEXT)
-    return modality[:, :, None] == own
+    # All that is shown and not read is pooled alike.
+    return jnp.minimum(modality, IMAGE)[:, :, None] == own
 
   def fading(self) -> np.ndarray:
     """Returns what exponents lose in a segment at first, [M] float64."""

@@ -95,3 +95,25 @@ class RoPE:
     return ops.yarn_magnitude(factor, self.yarn.mscale) / ops.yarn_magnitude(
       factor, self.yarn.mscale_all
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Axial:
+  """Rotary embedding of places with several coordinates: in a picture, in a clip, in space.
+
+  Attributes:
+    theta: base of the frequencies of every axis. A picture has few places along a side, and so less
+      to tell apart than a text.
+
+  Source: Heo et al., arXiv 2403.13298, section 3.2.
+  """
+
+  theta: float = 100.0
+
+  def __post_init__(self):
+    if not self.theta > 1.0:
+      raise ConfigError(f'`theta` is {self.theta}; expected more than 1')
+
+  def rotate(self, x: jax.Array, coordinates: jax.Array) -> jax.Array:
+    """Turns `x` [B, T, ..., R] to `coordinates` [B, T, A]."""
+    return ops.turn(x, ops.axial_angles(coordinates, x.shape[-1], self.theta))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
-from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context import MODALITIES, Context
 from deepseek_jax.layers.feed_forward import Remembering, SwiGLU, limit_faults
 from deepseek_jax.layers.moe.balance import (
   BatchBalance,
@@ -32,6 +32,7 @@ from deepseek_jax.layers.moe.placement import Replicas
 from deepseek_jax.layers.moe.router.balanced import Balanced
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
+from deepseek_jax.layers.moe.router.modality import ModalitySigmoid
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.layers.moe.router.softmax import Softmax
 from deepseek_jax.layers.moe.router.sqrt_softplus import SqrtSoftplus
@@ -39,7 +40,7 @@ from deepseek_jax.layers.moe.z_loss import ZLoss
 from deepseek_jax.layers.weights import add_loss, observe
 from deepseek_jax.ops.breaker import output_faults, watch_output
 from deepseek_jax.ops.experts import ExpertWeights
-from deepseek_jax.ops.routing import expert_load
+from deepseek_jax.ops.routing import expert_load, load_by_group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,9 @@ class MoE:
   hidden: int
   limit: float | None = None
   shared: int | None = 1
-  router: Sigmoid | Softmax | SqrtSoftplus | Hash | ExpertAttention | Balanced = Sigmoid()
+  router: Sigmoid | ModalitySigmoid | Softmax | SqrtSoftplus | Hash | ExpertAttention | Balanced = (
+    Sigmoid()
+  )
   balance: (
     SequenceBalance
     | BatchBalance
@@ -118,7 +121,7 @@ class MoE:
 
 
 class MoEFeedForward(nn.Module):
-  """[B, T, D] -> [B, T, D]; reports `router/load` [E] and the balance loss."""
+  """[B, T, D] -> [B, T, D]; reports `router/load` [E], also by modality, and the balance loss."""
 
   config: MoE
 
@@ -147,7 +150,7 @@ class MoEFeedForward(nn.Module):
       facts = {'load': load}
       if limits is not None and limits.allowed is not None:
         facts['allowed'] = limits.allowed.astype(jnp.float32)
-      observe(self, 'router', facts)
+      observe(self, 'router', facts | self._by_modality(assignment, context, facts))
       if c.balance is not None:
         scores = assignment.scores.reshape(batch, length, c.experts)
         experts = assignment.experts.reshape(batch, length, c.top_k)
@@ -170,6 +173,20 @@ class MoEFeedForward(nn.Module):
       shared = SwiGLU(hidden=c.shared * c.hidden, limit=c.limit).build('shared')
       routed += shared(x, context)
     return routed if cache is None else (routed, written)
+
+  def _by_modality(
+    self, assignment: Assignment, context: Context, facts: dict[str, Any]
+  ) -> dict[str, Any]:
+    """Returns `modality/load` [M, E], where there is more than text or a router wants to know."""
+    modality = context.modality
+    if modality is None:
+      if not isinstance(self.config.router, ModalitySigmoid):
+        return {}
+      modality = jnp.zeros_like(context.tokens)
+    flat, real = modality.reshape(-1), context.real.reshape(-1)
+    experts = assignment.experts
+    load = load_by_group(experts, real, flat, len(MODALITIES), self.config.experts)
+    return {'modality': {**facts, 'load': load}}
 
   def _report_faults(
     self,

@@ -9,7 +9,9 @@ import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.bidirectional import Bidirectional
+from deepseek_jax.layers.encoders.interface import Tokens
 from deepseek_jax.layers.encoders.patch import Patch2D
+from deepseek_jax.layers.encoders.projection import SeparateProjection
 from deepseek_jax.layers.feed_forward import SwiGLU
 
 CONFIG = Patch2D(
@@ -31,8 +33,12 @@ def test_sizes():
 def test_the_stem_is_a_convolution():
   images = np.random.default_rng(0).integers(0, 256, (2, 12, 12, 3), np.uint8)
   module = CONFIG.stem(np.float32)
-  params = nn.meta.unbox(module.init(jax.random.key(0), images))['params']
-  found = module.apply({'params': params}, images)
+  counts = np.array([12, 0], np.int32)
+  params = nn.meta.unbox(module.init(jax.random.key(0), images, counts))['params']
+  tokens = module.apply({'params': params}, images, counts)
+  found = tokens.values
+  assert tokens.real.all(axis=1).tolist() == [True, False]
+  assert tokens.coordinates[1].tolist() == [[y, x] for y in range(4) for x in range(4)]
   kernel = np.asarray(params['kernel'], np.float64).reshape(3, 3, 3, 10)
   pixels = images / 127.5 - 1
   assert pixels.min() == -1
@@ -54,9 +60,10 @@ def test_the_stem_is_a_convolution():
 
 def test_the_projection():
   x = np.random.default_rng(1).normal(size=(2, 16, 10)).astype(np.float32)
-  module = CONFIG.projection(7)
-  params = nn.meta.unbox(module.init(jax.random.key(0), x))['params']
-  found = np.asarray(module.apply({'params': params}, x))
+  module = SeparateProjection().own(7)
+  joined = CONFIG.join(Tokens(x, np.ones((2, 16), bool))).values
+  params = nn.meta.unbox(module.init(jax.random.key(0), joined))['params']
+  found = np.asarray(module.apply({'params': params}, joined))
   assert found.shape == (2, 4, 7)
   erf = np.vectorize(math.erf)
   for r, y, z in np.ndindex(2, 2, 2):
