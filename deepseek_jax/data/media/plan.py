@@ -56,10 +56,21 @@ class Packed:
     """Documents that a row may hold."""
     return 2**31
 
-  @property
-  def inline(self) -> int:
-    """Media stand in the row: each slot takes a place."""
-    return 1
+  def places(self, slots: int) -> int:
+    """Places of a row that a medium takes: one for each of its embeddings."""
+    return slots
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Marked(Packed):
+  """Several documents a row; each medium is beside the row, and one place says where it belongs.
+
+  For models whose words attend to media in another stream.
+  """
+
+  def places(self, slots: int) -> int:
+    """Places of a row that a medium takes: one."""
+    return min(slots, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,23 +87,12 @@ class Alone:
     """Documents that a row may hold."""
     return 1
 
-  @property
-  def inline(self) -> int:
-    """Media stand in the row: each slot takes a place."""
-    return 1
+  def places(self, slots: int) -> int:
+    """Places of a row that a medium takes: one for each of its embeddings."""
+    return slots
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Beside(Alone):
-  """One document a row; its media are beside the row, not in it: for towers and cross-attention."""
-
-  @property
-  def inline(self) -> int:
-    """Media take no place in the row."""
-    return 0
-
-
-Layout = Packed | Alone | Beside
+Layout = Packed | Marked | Alone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,25 @@ ANSWERS = {
 }
 """What may be the answer to each kind of question; all are equally frequent."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureFirst:
+  """Picture, question, answer: every word of the question can attend to the picture."""
+
+  def order(self, picture: Part, question: Part) -> tuple[Part, Part]:
+    """The two parts as they are read."""
+    return picture, question
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuestionFirst:
+  """Question, picture, answer: what becomes of the picture can depend on the question."""
+
+  def order(self, picture: Part, question: Part) -> tuple[Part, Part]:
+    """The two parts as they are read."""
+    return question, picture
+
+
 Look = tuple[str, str]
 """Colour and shape."""
 
@@ -61,6 +80,7 @@ class Questions(Maker[Asked]):
     least: figures in a picture, at least; not fewer than can be counted.
     most: at most.
     side: S, pixels of a side.
+    layout: what is read first.
     made: how many questions, and which are held out.
   """
 
@@ -68,6 +88,7 @@ class Questions(Maker[Asked]):
   least: int = 4
   most: int = 6
   side: int = 64
+  layout: PictureFirst | QuestionFirst = PictureFirst()
   made: Made = Made()
 
   def __post_init__(self):
@@ -112,12 +133,9 @@ class Questions(Maker[Asked]):
     return describe(scene.figures)
 
   def parts(self, scene: Asked) -> tuple[Part, ...]:
-    """The picture, the question, the answer."""
-    return (
-      Medium(modality='image'),
-      Given(text=scene.question),
-      Learnt(text=f' {scene.answer}'),
-    )
+    """Picture and question, then the answer."""
+    read = self.layout.order(Medium(modality='image'), Given(text=scene.question))
+    return (*read, Learnt(text=f' {scene.answer}'))
 
   def facts(self, scene: Asked) -> dict:
     """Kind, question and answer, and all answers that there could be."""

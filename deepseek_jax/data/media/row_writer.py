@@ -12,16 +12,13 @@ from deepseek_jax.data.media.encode import KINDS, SLOT_BITS
 class RowWriter:
   """Fills the arrays of a batch, document by document."""
 
-  def __init__(
-    self, rows: int, length: int, shapes: Mapping[str, MediaShape], slots: Mapping[str, int]
-  ):
+  def __init__(self, rows: int, length: int, shapes: Mapping[str, MediaShape]):
     """Makes empty rows and empty media.
 
     Args:
       rows: B.
       length: T.
       shapes: what the media of a row are, by kind.
-      slots: tokens that a medium of each kind takes the place of.
     """
     shape = rows, length
     self.fields: dict[str, Any] = {
@@ -36,7 +33,7 @@ class RowWriter:
     self.counts = {
       kind: np.zeros((rows, form.values[0]), np.int32) for kind, form in shapes.items()
     }
-    self.slots = slots
+    self.slots = {kind: shape.slots for kind, shape in shapes.items()}
     self.first, base = {}, 0
     for kind in KINDS:
       if kind in self.values:

@@ -13,7 +13,7 @@ from deepseek_jax.data.batch import Batch, MediaShape
 from deepseek_jax.data.media.drawings import Drawings
 from deepseek_jax.data.media.encode import KINDS, SLOT_BITS, Encoded, encoded
 from deepseek_jax.data.media.mixture import AnyMedia, Mixture, Share, merge_forms
-from deepseek_jax.data.media.plan import Alone, Beside, MediaPlan, Packed, media_plan
+from deepseek_jax.data.media.plan import Alone, Marked, MediaPlan, Packed, media_plan
 from deepseek_jax.data.media.record import Fault, Record, Records, UnreadableError
 from deepseek_jax.data.media.row_writer import RowWriter
 from deepseek_jax.data.pipeline import Prepared, train_batches
@@ -58,7 +58,7 @@ class MediaCorpus:
     source: of the documents, or several in stated shares.
     tokenizer: what makes tokens of the texts.
     slots: tokens that media take the place of.
-    layout: how rows are filled: several documents, one, or one with its media beside it.
+    layout: how rows are filled: several documents or one, with all places of a medium or one.
     length: T, tokens in a row.
     batch_size: B, rows in a batch, over all hosts.
     shuffle_seed: of the order of the training rows, from 0 to 2³² - 1.
@@ -68,7 +68,7 @@ class MediaCorpus:
   source: AnyMedia = Drawings()
   tokenizer: AnyTokenizer = BPE()
   slots: Slots = Slots()
-  layout: Packed | Alone | Beside = Packed()
+  layout: Packed | Marked | Alone = Packed()
   length: int = 128
   batch_size: int = 16
   shuffle_seed: int = 0
@@ -95,7 +95,11 @@ class MediaCorpus:
     """What the media of a row are, by kind."""
     forms = merge_forms(tuple(share.source for share in self.shares), 'MediaCorpus.source')
     return {
-      kind: MediaShape(values=(self.most(kind), *forms[kind].shape), dtype=forms[kind].dtype)
+      kind: MediaShape(
+        values=(self.most(kind), *forms[kind].shape),
+        slots=getattr(self.slots, kind),
+        dtype=forms[kind].dtype,
+      )
       for kind in KINDS
       if kind in forms
     }
@@ -106,8 +110,8 @@ class MediaCorpus:
     return self.layout.most(kind, needed)
 
   def places(self, kind: str) -> int:
-    """Tokens that a medium of a kind takes the place of in a row."""
-    return getattr(self.slots, kind) * self.layout.inline
+    """Places of a row that a medium of a kind takes."""
+    return self.layout.places(getattr(self.slots, kind))
 
   def prepare(self, cache_dir: pathlib.Path) -> 'MediaData':
     """Reads and encodes all texts, or opens what an earlier run did; media are left for later.
@@ -269,8 +273,7 @@ class MediaSplit:
       IndexError: a row is outside the split.
     """
     indices = [int(i) for i in indices]
-    slots = {kind: self.config.places(kind) for kind in KINDS}
-    writer = RowWriter(len(indices), self.length, self.config.media, slots)
+    writer = RowWriter(len(indices), self.length, self.config.media)
     for line, index in enumerate(indices):
       if not -1 <= index < self.rows:
         raise IndexError(f'row {index} is outside the {self.rows} rows of {self.name}')

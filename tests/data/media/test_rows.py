@@ -13,7 +13,7 @@ from deepseek_jax.data.media.cloud import Clouds
 from deepseek_jax.data.media.drawings import Drawings, Passages
 from deepseek_jax.data.media.made import Made
 from deepseek_jax.data.media.mixture import Joined, Mixture, Share
-from deepseek_jax.data.media.plan import Alone, Beside, Packed
+from deepseek_jax.data.media.plan import Alone, Marked, Packed
 from deepseek_jax.data.media.question import Questions
 from deepseek_jax.data.media.record import Learnt, Medium
 from deepseek_jax.data.media.rows import MediaCorpus, Slots
@@ -223,29 +223,42 @@ def test_workers_give_the_same_batches(data):
   batches.close()
 
 
-def test_alone_and_beside(source, tmp_path):
-  """One document a row; its media in the row, or beside it."""
+def test_alone_and_marked(source, tmp_path):
+  """One document a row; several, with one place for each of their media."""
   mixed = MediaCorpus(
     source=source, tokenizer=Bytes(), slots=SLOTS, length=300, layout=Alone(), batch_size=2
   )
   alone = mixed.prepare(tmp_path)
-  beside = dataclasses.replace(mixed, layout=Beside()).prepare(tmp_path)
-  assert alone.train.rows == beside.train.rows
+  one = dict.fromkeys(('image', 'video', 'sound'), 1)
+  marked = dataclasses.replace(mixed, layout=Marked(points=2, **one)).prepare(tmp_path)
   assert {k: s.values[0] for k, s in mixed.media.items()} == {
     'image': 1,
     'video': 1,
     'sound': 1,
     'points': 2,
   }
+  assert marked.config.media == mixed.media
+  assert marked.train.rows < alone.train.rows
+  lone = {}
+  for index in range(alone.train.rows):
+    batch = alone.train.batch([index])
+    assert batch.segments.max() == 1
+    lone[int(batch.documents[0, 0])] = batch
   for index in range(20):
-    one, other = alone.train.batch([index]), beside.train.batch([index])
-    assert one.segments.max() == other.segments.max() == 1
-    assert (other.placeholders == -1).all()
-    for kind in KINDS:
-      np.testing.assert_array_equal(one.media[kind].values, other.media[kind].values)
-    real = (one.segments > 0) & (one.placeholders < 0)
-    assert one.tokens[real].tolist() == other.tokens[other.segments > 0].tolist()
-    assert one.weights.sum() == other.weights.sum()
+    batch = marked.train.batch([index])
+    for document in set(batch.documents[0].tolist()) - {-1}:
+      if not marked.train.record(document).media:
+        continue
+      here, one = batch.documents[0] == document, lone[document]
+      # Of every medium the first place is left, and it has the same number in its own row.
+      slots = np.array([4 * 1, 3 * 1, 2 * 1, 5 * 2])
+      firsts = np.concatenate([[0], np.cumsum(slots)])[:-1].tolist() + [14]
+      kept = (one.segments[0] > 0) & (
+        (one.placeholders[0] < 0) | np.isin(one.placeholders[0], firsts)
+      )
+      assert one.tokens[0, kept].tolist() == batch.tokens[0, here].tolist()
+      assert (batch.placeholders[0, here] >= 0).sum() == len(marked.train.record(document).media)
+      assert one.weights.sum() == batch.weights[0, here].sum()
 
 
 def test_questions_teach_answers_only(tmp_path):
