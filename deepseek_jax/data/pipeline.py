@@ -189,7 +189,7 @@ class _Copies:
   def __init__(self, batches: Any):
     self._batches = batches
     # Unlike `__del__` it also runs at the end of the interpreter, and early enough.
-    weakref.finalize(self, batches.close)
+    self.close = weakref.finalize(self, batches.close)
 
   def __iter__(self) -> Iterator[Batch]:
     return self

@@ -7,6 +7,7 @@ from deepseek_jax.core.annotation import Presets
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest, Float32, Precision
 from deepseek_jax.data.captions import ImageCaptions
+from deepseek_jax.data.media.rows import MediaCorpus
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.recall import Recall
 from deepseek_jax.layers.moe.moe import MoE
@@ -67,7 +68,7 @@ class Experiment:
   Attributes:
     name: what the run is called.
     model: the family and its dials.
-    data: text, captioned pictures or a task that is made up; tokenizer, rows.
+    data: text, captioned pictures, several modalities or a task that is made up; tokenizer, rows.
     optimizer: what turns gradients into updates, with its peak learning rate.
     schedule: factor on the peak learning rate over training.
     train_steps: updates of the whole run.
@@ -92,7 +93,7 @@ class Experiment:
 
   name: str
   model: DeepSeekV3 | DeepSeekV4 | Multimodal | DualStream | Contrastive
-  data: TextCorpus | ImageCaptions | Recall
+  data: TextCorpus | ImageCaptions | Recall | MediaCorpus
   optimizer: AdamW | Muon
   schedule: Schedule
   train_steps: int

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.data.captions import CaptionData
+from deepseek_jax.data.media.rows import MediaData
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.data.recall import RecallData
 from deepseek_jax.models.decoder import plan_segments
@@ -61,7 +62,7 @@ class _Run:
   experiment: Experiment
   segments: tuple[Segment, ...]
   program: Program
-  data: TextData | CaptionData | RecallData
+  data: TextData | CaptionData | RecallData | MediaData
   workdir: Workdir
   writer: MetricWriter
   faults: FaultLog

@@ -141,22 +141,24 @@ class Clips(Maker[tuple[Mover, ...]]):
 
   Attributes:
     looks: what moves.
-    most: things in a clip, at most; every number from 1 is equally frequent.
+    movers: things in a clip, at most; every number from 1 is equally frequent.
     frames: F, pictures of a clip.
     side: S, pixels of a side of a picture.
     made: how many clips, and which are held out.
   """
 
   looks: Figures | FontDigits | HandwrittenDigits = Figures()
-  most: int = 2
+  movers: int = 2
   frames: int = 8
   side: int = 32
   made: Made = Made()
 
   def __post_init__(self):
-    errors = wrong_sizes(self, ('most',))
-    if self.most > 4:
-      errors.append(f'`most` is {self.most}; expected 4 or fewer, since more would hide each other')
+    errors = wrong_sizes(self, ('movers',))
+    if self.movers > 4:
+      errors.append(
+        f'`movers` is {self.movers}; expected 4 or fewer, since more would hide each other'
+      )
     if self.frames < 2:
       errors.append(f'`frames` is {self.frames}; expected 2 or more, since one does not move')
     if self.side < 16:
@@ -172,13 +174,13 @@ class Clips(Maker[tuple[Mover, ...]]):
   def draw(self, rng: np.random.Generator) -> tuple[Mover, ...]:
     """Draws what moves where; things of a clip differ."""
     things = self.looks.things
-    count = 1 + int(rng.integers(self.most))
+    count = 1 + int(rng.integers(self.movers))
     chosen = rng.choice(len(things), count, replace=False)
-    movers = []
+    scene = []
     for thing in sorted(chosen.tolist()):
       motion = pick(rng, ('', *MOTIONS))
-      movers.append(Mover(things[thing], motion, pick(rng, tuple(SPEEDS)) if motion else ''))
-    return tuple(movers)
+      scene.append(Mover(things[thing], motion, pick(rng, tuple(SPEEDS)) if motion else ''))
+    return tuple(scene)
 
   def content(self, scene: tuple[Mover, ...]) -> str:
     """The caption: things are always named in the same order."""

@@ -7,6 +7,7 @@ colours of every mode, sounds of every depth and number of channels.
 import dataclasses
 import io
 import pathlib
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -103,7 +104,8 @@ def decode(kind: str, name: str, data: bytes, sizes: Sizes) -> np.ndarray:
   except (UnreadableError, ConfigError):
     raise
   except Exception as error:  # whatever a library raises on damaged files, and they raise anything
-    text = ' '.join(str(error).split())[:200]
+    # A library may name the object that it read from, which says nothing.
+    text = ' '.join(re.sub(r'<_io[^>]*>', '', str(error)).split())[:200]
     raise UnreadableError(f'not a readable {kind}: {type(error).__name__}: {text}') from error
 
 

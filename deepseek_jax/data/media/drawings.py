@@ -54,6 +54,10 @@ class DrawingRecords:
 
   source: OpenClipart
 
+  def __reduce__(self):
+    """Goes to another process without what it has read."""
+    return functools.partial(DrawingRecords, source=self.source), ()
+
   @property
   def faults(self) -> tuple[Fault, ...]:
     """None: the files of the package are whole, or an error is raised."""
@@ -122,6 +126,10 @@ class PassageRecords:
   """
 
   source: AnySource
+
+  def __reduce__(self):
+    """Goes to another process without what it has read."""
+    return functools.partial(PassageRecords, source=self.source), ()
 
   @property
   def faults(self) -> tuple[Fault, ...]:

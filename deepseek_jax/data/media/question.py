@@ -76,7 +76,7 @@ class Questions(Maker[Asked]):
   Pictures of the held-out split never come in training, with any question.
 
   Attributes:
-    kinds: which of colour, shape, count, place, size and relation are asked for, equally often.
+    about: which of colour, shape, count, place, size and relation is asked for, equally often.
     least: figures in a picture, at least; not fewer than can be counted.
     most: at most.
     side: S, pixels of a side.
@@ -84,7 +84,7 @@ class Questions(Maker[Asked]):
     made: how many questions, and which are held out.
   """
 
-  kinds: tuple[str, ...] = tuple(ANSWERS)
+  about: tuple[str, ...] = tuple(ANSWERS)
   least: int = 4
   most: int = 6
   side: int = 64
@@ -93,12 +93,12 @@ class Questions(Maker[Asked]):
 
   def __post_init__(self):
     errors = [
-      f'`kinds` has {kind!r}; expected some of {", ".join(ANSWERS)}{did_you_mean(kind, ANSWERS)}'
-      for kind in self.kinds
+      f'`about` has {kind!r}; expected some of {", ".join(ANSWERS)}{did_you_mean(kind, ANSWERS)}'
+      for kind in self.about
       if kind not in ANSWERS
     ]
-    if not self.kinds or len(set(self.kinds)) < len(self.kinds):
-      errors.append(f'`kinds` is {self.kinds}; expected some, each once')
+    if not self.about or len(set(self.about)) < len(self.about):
+      errors.append(f'`about` is {self.about}; expected some, each once')
     if not MOST_COUNTED <= self.least <= self.most <= len(PLACES):
       errors.append(
         f'`least` and `most` are {self.least} and {self.most}; expected {MOST_COUNTED} to '
@@ -117,11 +117,11 @@ class Questions(Maker[Asked]):
   @property
   def chance(self) -> float:
     """Share of right answers of who guesses among those of the question's kind."""
-    return float(np.mean([1 / len(ANSWERS[kind]) for kind in self.kinds]))
+    return float(np.mean([1 / len(ANSWERS[kind]) for kind in self.about]))
 
   def draw(self, rng: np.random.Generator) -> Asked:
     """Draws a question and its answer, then a picture that makes it true."""
-    kind = pick(rng, self.kinds)
+    kind = pick(rng, self.about)
     answer = pick(rng, ANSWERS[kind])
     count = int(rng.integers(self.least, self.most + 1))
     cells = rng.permutation(len(PLACES))[:count].tolist()

@@ -25,7 +25,7 @@ def seen_path(clip: np.ndarray, colour: str) -> np.ndarray:
 
 def test_things_move_as_they_are_said_to():
   """Direction, speed and colour, from the pixels alone."""
-  source = Clips(most=1, side=32, made=Made(train=80, heldout=2))
+  source = Clips(movers=1, side=32, made=Made(train=80, heldout=2))
   records = source.open()
   for index in range(80):
     scene, _ = records.scene('train', index)
@@ -69,7 +69,7 @@ def test_captions():
 
 def test_digits():
   """Digits are told by their shape; brighter than the paper."""
-  records = Clips(looks=FontDigits(), most=1, made=Made(train=40, heldout=2)).open()
+  records = Clips(looks=FontDigits(), movers=1, made=Made(train=40, heldout=2)).open()
   for index in range(40):
     (clip,) = records.render('train', index)
     assert clip.max() > 150 > 60 > np.median(clip)
@@ -102,7 +102,7 @@ def test_a_missing_library(monkeypatch):
 
 def test_wrong_fields():
   for fields, message in [
-    ({'most': 5}, '`most` is 5'),
+    ({'movers': 5}, '`movers` is 5'),
     ({'frames': 1}, '`frames` is 1'),
     ({'side': 8}, '`side` is 8'),
   ]:

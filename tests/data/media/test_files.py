@@ -119,7 +119,7 @@ del PICTURES['grey_alpha.png']
 BROKEN_PICTURES = {
   'empty.png': (b'', 'an empty file'),
   'cut.png': (NOISE[: len(NOISE) // 2], 'truncated|broken'),
-  'cut.jpg': (JPEG[: len(JPEG) // 2], 'truncated'),
+  'cut.jpg': (JPEG[: len(JPEG) // 2], '[Tt]runcated'),
   'head.png': (PNG[:20], 'not a readable image'),
   'text.png': (b'this is no picture', 'cannot identify'),
   'zeros.jpg': (bytes(500), 'cannot identify'),
