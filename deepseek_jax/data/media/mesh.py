@@ -10,6 +10,8 @@ from deepseek_jax.data.media.optional import need
 from deepseek_jax.data.media.record import UnreadableError
 
 _GREY = 0.5
+# Formats in which points without faces are meant.
+_CLOUDS = ('ply', 'glb')
 
 
 def read_points(ending: str, data: bytes, count: int) -> np.ndarray:
@@ -85,7 +87,8 @@ def _from_mesh(
     raise UnreadableError('no vertices')
   if not np.isfinite(vertices).all():
     raise UnreadableError('vertices that are not finite')
-  if isinstance(loaded, trimesh.PointCloud) or (ending == 'ply' and not len(loaded.faces)):
+  # trimesh takes any file without faces for a cloud; in a format of meshes it is a broken mesh.
+  if ending in _CLOUDS and not len(getattr(loaded, 'faces', ())):
     colours = getattr(loaded, 'colors', None)
     known = colours is not None and len(colours) == len(vertices)
     return vertices, np.asarray(colours)[:, :3] / 255 if known else None

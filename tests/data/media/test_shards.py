@@ -52,6 +52,34 @@ def found(source, folder) -> dict:
   return result, {fault.name: fault.reason for fault in records.faults}
 
 
+SECOND = [
+  ('x/one.png', picture(100)),
+  ('x/one.json', json.dumps({'caption': 'shade 100'}).encode()),
+  ('y/one.png', picture(110)),
+  ('y/one.txt', b'shade 110'),
+  ('both.png', picture(120)),
+  ('both.npy', cloud(0)),
+  ('both.txt', b'shade 120'),
+  ('no_caption.png', picture(1)),
+  ('no_medium.txt', b'words'),
+  ('bad.png', b'nothing'),
+  ('bad.txt', b'shade 0'),
+  ('blank.png', picture(2)),
+  ('blank.txt', b' '),
+  ('latin.png', picture(3)),
+  ('latin.txt', b'caf\xe9'),
+  ('twice.png', picture(4)),
+  ('twice.png', picture(5)),
+  ('twice.txt', b'shade 4'),
+  ('two.png', picture(6)),
+  ('two.jpg', picture(7)),
+  ('two.txt', b'shade 6'),
+  ('differ.png', picture(8)),
+  ('differ.txt', b'shade 8'),
+  ('differ.json', b'{"caption": "shade 9"}'),
+]
+
+
 def test_tar_shards(tmp_path):
   """Samples of two shards; captions in .txt and .json; two media in one sample."""
   first = [
@@ -60,33 +88,7 @@ def test_tar_shards(tmp_path):
     for ending, body in (('png', picture(10 * i)), ('txt', f'shade {10 * i}'.encode()))
   ]
   shard(tmp_path / 'a-000.tar', first)
-  second = [
-    ('x/one.png', picture(100)),
-    ('x/one.json', json.dumps({'caption': 'shade 100'}).encode()),
-    ('y/one.png', picture(110)),
-    ('y/one.txt', b'shade 110'),
-    ('both.png', picture(120)),
-    ('both.npy', cloud(0)),
-    ('both.txt', b'shade 120'),
-    ('no_caption.png', picture(1)),
-    ('no_medium.txt', b'words'),
-    ('bad.png', b'nothing'),
-    ('bad.txt', b'shade 0'),
-    ('blank.png', picture(2)),
-    ('blank.txt', b' '),
-    ('latin.png', picture(3)),
-    ('latin.txt', b'caf\xe9'),
-    ('twice.png', picture(4)),
-    ('twice.png', picture(5)),
-    ('twice.txt', b'shade 4'),
-    ('two.png', picture(6)),
-    ('two.jpg', picture(7)),
-    ('two.txt', b'shade 6'),
-    ('differ.png', picture(8)),
-    ('differ.txt', b'shade 8'),
-    ('differ.json', b'{"caption": "shade 9"}'),
-  ]
-  shard(tmp_path / 'a-001.tar', second)
+  shard(tmp_path / 'a-001.tar', SECOND)
   source = TarShards(
     str(tmp_path / '*.tar'), kinds=('image', 'points'), sizes=SIZES, heldout_fraction=0.3
   )
