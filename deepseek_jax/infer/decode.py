@@ -103,7 +103,19 @@ def decode_step(
   Returns:
     [B, V] float32 logits of the token after, and the caches.
   """
-  return prefill(decoder, variables, caches, tokens[:, None], positions, jnp.ones_like(positions))
+  fed = tokens[:, None]
+  if alone_is_slow(decoder, len(tokens)):
+    fed = jnp.pad(fed, ((0, 0), (0, 1)))
+  return prefill(decoder, variables, caches, fed, positions, jnp.ones_like(positions))
+
+
+def alone_is_slow(decoder: Decoder, rows: int) -> bool:
+  """Says whether one token is fed faster with a token of padding beside it.
+
+  XLA:CPU multiplies a single bfloat16 row with a matrix in a plain loop; two rows go to a library
+  that is some seven times faster (`scripts/bench_hub.py --beside=single`).
+  """
+  return rows == 1 and decoder.dtype == jnp.bfloat16 and jax.default_backend() == 'cpu'
 
 
 def full_logits(
