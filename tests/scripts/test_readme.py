@@ -69,9 +69,13 @@ def check_generation(run: str, tmp_path: pathlib.Path) -> None:
     code = code.replace(said, place)
   names: dict = {}
   exec(code, names)
-  assert names['text'] and len(names['several']) == 3 and len(names['ids'][0]) <= 4
-  assert names['chat'].messages[0]['role'] == 'system' and len(names['chat'].messages) == 5
-  assert names['names'] and (tmp_path / 'exported' / 'config.json').is_file()
+  assert names['text']
+  assert len(names['several']) == 3
+  assert len(names['ids'][0]) <= 4
+  assert names['chat'].messages[0]['role'] == 'system'
+  assert len(names['chat'].messages) == 5
+  assert names['names']
+  assert (tmp_path / 'exported' / 'config.json').is_file()
 
 
 def test_the_swaps_are_valid():
