@@ -41,7 +41,7 @@ class Cut:
 
   @property
   def excess(self) -> float:
-    """Dearest chunk over the mean, less 1: what all others wait for it, microbatch by microbatch."""
+    """Dearest chunk over the mean, less 1: what all others wait, microbatch by microbatch."""
     return max(self.totals) / self.mean - 1
 
 

@@ -33,7 +33,7 @@ RULES = tuple(
 )
 
 SHARES = (1.0, 0.8, 0.65)
-"""Limits to begin another microbatch at; one that was begun is not held up, and takes room later."""
+"""Limits to begin another microbatch at; one that was begun goes on, and takes room later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -199,8 +199,7 @@ class ZeroBubbleH1(OneChunk):
     del costs
     check_numbers(self, stages, microbatches)
     orders = [
-      _put_off(stage, microbatches, ahead=stages - stage - 1, late=stage)
-      for stage in range(stages)
+      _put_off(stage, microbatches, ahead=stages - stage - 1, late=stage) for stage in range(stages)
     ]
     return one_way(range(stages), microbatches, orders)
 
@@ -313,4 +312,3 @@ def _put_off(stage: int, microbatches: int, ahead: int, late: int) -> list[Op]:
       order.append(Op(WEIGHT, stage, op.microbatch - late))
   first = max(microbatches - late, 0)
   return order + [Op(WEIGHT, stage, m) for m in range(first, microbatches)]
-

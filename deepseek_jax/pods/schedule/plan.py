@@ -143,7 +143,5 @@ class Plan:
 
   @functools.cached_property
   def _backward(self) -> dict[tuple[int, int], str]:
-    """Whether the gradient of what came in is made alone: INPUT or BACKWARD, by chunk, microbatch."""
-    return {
-      (op.chunk, op.microbatch): op.kind for op in self.ops() if op.kind in (INPUT, BACKWARD)
-    }
+    """How the gradient of what came in is made, by chunk and microbatch: alone or not."""
+    return {(op.chunk, op.microbatch): op.kind for op in self.ops() if op.kind in (INPUT, BACKWARD)}

@@ -69,10 +69,12 @@ def split(function: Callable[..., Any], weights: Any, x: Any, data: Any, platfor
   inputs = _cut((weights, x, data, y), program.inputs)
   in_weights, in_x, in_data, in_cotangent = inputs
   outputs = _cut(shapes, program.outputs)
+  always = {*in_weights, *in_data, *program.constants}
+  program.set_apart(always)
   forward_eqns, rest = program.needed(outputs[0], program.equations)
   input_eqns, weight_eqns = program.needed(outputs[1], rest)
   weight_eqns, _ = program.needed(outputs[2], weight_eqns)
-  always = {*in_weights, *in_data, *program.constants}
+  always |= {name for equation in program.fixed for name in equation.makes}
   backward_eqns = input_eqns + weight_eqns
   kept = _read(backward_eqns, [*outputs[1], *outputs[2]], always | {*in_cotangent})
   left = _read(weight_eqns, outputs[2], always)
@@ -125,8 +127,7 @@ class _Equation:
 
   def __call__(self, values: list[Any]) -> list[Any]:
     primitive = self.equation.primitive
-    functions, params = primitive.get_bind_params(self.equation.params)
-    found = primitive.bind(*functions, *values, **params)
+    found = primitive.bind(*values, **primitive.get_bind_params(self.equation.params))
     return list(found) if primitive.multiple_results else [found]
 
 
@@ -143,6 +144,7 @@ class _Program:
   def __init__(self, closed, platform: str):
     self.platform = platform
     self.equations: list[_Equation] = []
+    self.fixed: list[_Equation] = []
     self.constants: dict[_Name, Any] = {}
     jaxpr = closed.jaxpr
     self.inputs = [_Name(var.aval) for var in jaxpr.invars]
@@ -190,6 +192,21 @@ class _Program:
         return branch
     raise NotImplementedError(f'no path for {self.platform}: {params["branches_platforms"]}')
 
+  def set_apart(self, known: set[_Name]) -> None:
+    """Moves equations that depend on nothing but what is known to `fixed`.
+
+    Casts of weights, masks and angles are among them: every part makes them anew, since keeping
+    them would cost each microbatch the memory.
+    """
+    known, others = set(known), []
+    for equation in self.equations:
+      if known.issuperset(equation.reads):
+        known.update(equation.makes)
+        self.fixed.append(equation)
+      else:
+        others.append(equation)
+    self.equations = others
+
   def needed(self, results, equations) -> tuple[list[_Equation], list[_Equation]]:
     """Parts equations into those that results need and the others, both in order."""
     wanted, mine = set(results), set()
@@ -201,11 +218,13 @@ class _Program:
 
   def run(self, equations, values: dict[_Name, Any], results) -> list[Any]:
     """Does equations on named values; returns those named in `results`."""
+    reads = [name for equation in equations for name in equation.reads]
+    fixed, _ = self.needed([*reads, *results], self.fixed)
 
     def value(name):
       return self.constants[name] if name in self.constants else values[name]
 
-    for equation in equations:
+    for equation in [*fixed, *equations]:
       found = equation([value(name) for name in equation.reads])
       values.update(zip(equation.makes, found, strict=True))
     return [value(name) for name in results]
@@ -223,9 +242,7 @@ def _cut(trees: Sequence[Any], names: list[_Name]) -> list[list[_Name]]:
 
 def _named(*pairs: tuple[Sequence[_Name], Any]) -> list[tuple[_Name, Any]]:
   """Names the leaves of trees."""
-  return [
-    pair for names, tree in pairs for pair in zip(names, jax.tree.leaves(tree), strict=True)
-  ]
+  return [pair for names, tree in pairs for pair in zip(names, jax.tree.leaves(tree), strict=True)]
 
 
 def _read(equations, results, known) -> list[_Name]:

@@ -150,9 +150,7 @@ def _layer(experiment: Experiment, block: Block, address: str):
 
     def apply(params: Any, stream: Any) -> tuple[Any, jax.Array]:
       variables = {'params': params, 'buffers': buffers}
-      (stream, _), told = module.apply(
-        variables, stream, context, mutable=['losses', 'observed']
-      )
+      (stream, _), told = module.apply(variables, stream, context, mutable=['losses', 'observed'])
       added = (jnp.sum(x) for x in jax.tree.leaves(told.get('losses', {})))
       return stream, sum(added, jnp.float32(0))
 

@@ -1,4 +1,4 @@
-"""Simulated schedules: closed forms, a slow reference, and a checker that shares no code with it."""
+"""Simulated schedules: closed forms, a slow reference, and a checker that can fail."""
 
 import dataclasses
 import random
@@ -80,7 +80,7 @@ def uneven(kind, stages, chance, exchange=1.0):
 
 
 def longest_path(plan, costs, transfer):
-  """End of every piece of work: as late as any chain of work before it asks, found by repetition."""
+  """End of every slot: as late as any chain of work before it asks, found by repetition."""
   parts = {'F': 'F', 'B': 'B', 'W': 'W', 'BW': 'BW'}
   slots = [(d, i, slot) for d, order in enumerate(plan.orders) for i, slot in enumerate(order)]
   where = {}
