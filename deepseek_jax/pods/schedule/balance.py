@@ -1,6 +1,7 @@
 """Where to cut a model into chunks, so that the slowest is as fast as can be."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from deepseek_jax.core.config import ConfigError
@@ -109,3 +110,79 @@ def _best(sums, chunks, join, price) -> tuple[float, list[int]]:
   for step in reversed(steps[1:]):
     ends.append(step[ends[-1]])
   return value[units], ends[::-1]
+
+
+def cut_folded(costs: Sequence[float], chunks: int) -> Cut:
+  """Cuts units in order into chunks where a device has one from the front and one from the back.
+
+  Chunks c and chunks − 1 − c lie on one device, as in a V and in DualPipe: the dearest pair is as
+  cheap as possible, found exactly; of the cuts that reach it, one whose chunks have the smallest
+  sum of squares. Dynamic programming from both ends towards the middle.
+
+  Args:
+    costs: of each unit, 0 or more.
+    chunks: how many, an even number; each gets at least one unit.
+
+  Raises:
+    ConfigError: there are fewer units than chunks, or an odd number of chunks.
+  """
+  even = cut_evenly(costs, chunks)
+  if chunks % 2:
+    raise ConfigError(f'found {chunks} chunks to fold, expected an even number')
+  sums = [0.0]
+  for cost in costs:
+    sums.append(sums[-1] + cost)
+  # A cut that is there already says what a pair need not exceed.
+  limit = max(a + b for a, b in zip(even.totals, even.totals[::-1], strict=True)) * (1 + 1e-12)
+  dearest, _ = _fold(sums, chunks, limit, max, lambda a, b: a + b)
+  limit = dearest * (1 + 1e-12)
+  _, pairs = _fold(sums, chunks, limit, lambda one, other: one + other, lambda a, b: a * a + b * b)
+  sizes = tuple([a for a, _ in pairs] + [b for _, b in reversed(pairs)])
+  ends = list(itertools.accumulate(sizes, initial=0))
+  return Cut(
+    sizes=sizes,
+    totals=tuple(sums[end] - sums[start] for start, end in itertools.pairwise(ends)),
+    bound=even.bound,
+  )
+
+
+def _fold(sums, chunks, limit, join, price) -> tuple[float, list[tuple[int, int]]]:
+  """Returns the least value of all folded cuts, and the units of each pair's two chunks.
+
+  Args:
+    sums: cost of the first n units, for every n.
+    chunks: how many.
+    limit: most that a pair may cost.
+    join: value of a pair and of those outside it → value of all.
+    price: costs of the two chunks of a pair → its value.
+  """
+  units, pairs = len(sums) - 1, chunks // 2
+  # Units taken from the front and from the back → value, and how it came about.
+  value: dict[tuple[int, int], float] = {(0, 0): 0.0}
+  steps: list[dict[tuple[int, int], tuple[int, int]]] = []
+  for pair in range(pairs):
+    found: dict[tuple[int, int], float] = {}
+    step: dict[tuple[int, int], tuple[int, int]] = {}
+    inner = 2 * (pairs - pair - 1)
+    for (front, back), before in value.items():
+      room = units - front - back - inner
+      for a in range(1, room):
+        one = sums[front + a] - sums[front]
+        if one > limit:
+          break
+        # The last pair takes all that is left.
+        for b in range(1, room - a + 1) if inner else (room - a,):
+          other = sums[units - back] - sums[units - back - b]
+          if one + other > limit:
+            break
+          key, now = (front + a, back + b), join(before, price(one, other))
+          if now < found.get(key, float('inf')):
+            found[key], step[key] = now, (a, b)
+    value = found
+    steps.append(step)
+  (state, best), sizes = min(value.items(), key=lambda item: item[1]), []
+  for step in reversed(steps):
+    a, b = step[state]
+    sizes.append((a, b))
+    state = (state[0] - a, state[1] - b)
+  return best, sizes[::-1]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.describe import bytes_text, duration, si, table
-from deepseek_jax.pods.schedule.balance import Cut, cut_evenly
+from deepseek_jax.pods.schedule.balance import Cut, cut_evenly, cut_folded
 from deepseek_jax.pods.schedule.check import check_timeline
 from deepseek_jax.pods.schedule.dual import DualPipe
 from deepseek_jax.pods.schedule.greedy import Searched
@@ -46,6 +46,10 @@ EVERY: tuple[PipelineSchedule, ...] = (
   DualPipe(),
   Asynchronous(),
 )
+
+
+FOLDED = (ZeroBubbleV, Searched, DualPipe)
+"""Kinds under which a device has a chunk from the front of the model and one from its back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,6 +128,9 @@ def try_schedule(
 ) -> Outcome:
   """Cuts a model for a schedule, simulates it, and checks what the simulator says.
 
+  The cut has the cheapest dearest chunk; where a device has one from the front and one from the
+  back, the cut with the cheapest dearest device is tried too, and what takes less time is taken.
+
   Args:
     schedule: the kind.
     units: costs of the model's units, first to last.
@@ -137,9 +144,16 @@ def try_schedule(
   faults = schedule.faults(stages, microbatches)
   if faults:
     raise ConfigError(f'{type(schedule).__name__}: {fault}' for fault in faults)
-  cut = cut_evenly([unit.total for unit in units], schedule.chunks(stages))
-  costs = tuple(add_costs(tuple(units[start:end])) for start, end in cut.bounds)
-  timeline = simulate(schedule.plan(stages, microbatches, costs), costs, transfer)
+  totals, chunks = [unit.total for unit in units], schedule.chunks(stages)
+  cuts = [cut_evenly(totals, chunks)]
+  if isinstance(schedule, FOLDED):
+    cuts.append(cut_folded(totals, chunks))
+  found = []
+  for cut in cuts:
+    costs = tuple(add_costs(tuple(units[start:end])) for start, end in cut.bounds)
+    timeline = simulate(schedule.plan(stages, microbatches, costs), costs, transfer)
+    found.append((timeline, cut))
+  timeline, cut = min(found, key=lambda pair: pair[0].makespan)
   check_timeline(timeline)
   return Outcome(schedule=schedule, cut=cut, timeline=timeline, microbatches=microbatches)
 

@@ -16,6 +16,9 @@ from jax.extend.core import Literal
 INLINED = ('jit', 'pjit', 'closed_call', 'core_call', 'checkpoint', 'remat2')
 """Primitives that only hold other equations, which may belong to different parts."""
 
+LOOPS = ('while', 'scan')
+"""Primitives whose results a compiler can leave out one by one."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Split:
@@ -43,8 +46,8 @@ class Split:
 def split(function: Callable[..., Any], weights: Any, x: Any, data: Any, platform: str) -> Split:
   """Splits a function `(weights, x, data) -> y`; weights and x are floating, data is constant.
 
-  Equations inside loops are not told apart: a loop that the gradient of the input needs belongs to
-  it as a whole. The layers' products with weights are in none.
+  A loop that makes both gradients is run in both parts, each for its own results alone: the
+  compiler leaves out what the others would need. What they share inside the loop is done twice.
 
   Args:
     function: what to differentiate.
@@ -72,10 +75,12 @@ def split(function: Callable[..., Any], weights: Any, x: Any, data: Any, platfor
   always = {*in_weights, *in_data, *program.constants}
   program.set_apart(always)
   forward_eqns, rest = program.needed(outputs[0], program.equations)
-  input_eqns, weight_eqns = program.needed(outputs[1], rest)
-  weight_eqns, _ = program.needed(outputs[2], weight_eqns)
+  backward_eqns, _ = program.needed([*outputs[1], *outputs[2]], rest)
+  input_eqns, _ = program.needed(outputs[1], rest)
+  weight_eqns, _ = program.needed(
+    outputs[2], [e for e in map(_repeater(input_eqns, outputs[1]), backward_eqns) if e is not None]
+  )
   always |= {name for equation in program.fixed for name in equation.makes}
-  backward_eqns = input_eqns + weight_eqns
   kept = _read(backward_eqns, [*outputs[1], *outputs[2]], always | {*in_cotangent})
   left = _read(weight_eqns, outputs[2], always)
   trees = [jax.tree.structure(shape) for shape in shapes]
@@ -136,6 +141,28 @@ class _Name:
 
   def __init__(self, aval):
     self.aval = aval
+
+
+def _repeater(input_eqns: Sequence[_Equation], results: Sequence[_Name]):
+  """Returns the function that says what of an equation is left for the gradient of the weights.
+
+  Equations that the gradient of the input does not need are left as they are. Those that it needs
+  are done by then, but for loops: whatever they make beside is made by a second run.
+  """
+  first = set(input_eqns)
+  used = {name for equation in input_eqns for name in equation.reads} | set(results)
+
+  def left(equation: _Equation) -> _Equation | None:
+    if equation not in first:
+      return equation
+    beside = [name for name in equation.makes if name not in used]
+    if equation.equation.primitive.name not in LOOPS or not beside:
+      return None
+    # What the first run made is there already, under the names that it has.
+    makes = [name if name in beside else _Name(name.aval) for name in equation.makes]
+    return _Equation(equation.equation, equation.reads, makes)
+
+  return left
 
 
 class _Program:

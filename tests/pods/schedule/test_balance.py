@@ -6,7 +6,7 @@ import random
 import pytest
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.pods.schedule.balance import cut_evenly
+from deepseek_jax.pods.schedule.balance import cut_evenly, cut_folded
 
 
 def every_cut(costs, chunks):
@@ -36,6 +36,32 @@ def test_no_cut_is_better(seed):
     )
     assert sum(t * t for t in found) == pytest.approx(squares)
     assert cut.bound <= max(found) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize('seed', range(12))
+def test_no_fold_is_better(seed):
+  chance = random.Random(seed)
+  costs = [chance.choice([0.0, 1.0, 2.5, chance.random()]) for _ in range(chance.randint(6, 10))]
+  for chunks in (2, 4, 6):
+    cut = cut_folded(costs, chunks)
+    found = [sum(costs[a:b]) for a, b in cut.bounds]
+    assert cut.totals == pytest.approx(found)
+    assert (sum(cut.sizes), len(cut.sizes)) == (len(costs), chunks)
+    assert min(cut.sizes) >= 1
+
+    def dearest(totals):
+      return max(a + b for a, b in zip(totals, totals[::-1], strict=True))
+
+    least = min(map(dearest, every_cut(costs, chunks)))
+    assert dearest(found) == pytest.approx(least)
+    squares = min(
+      sum(t * t for t in totals)
+      for totals in every_cut(costs, chunks)
+      if dearest(totals) <= least * (1 + 1e-9)
+    )
+    assert sum(t * t for t in found) == pytest.approx(squares)
+  with pytest.raises(ConfigError, match='3 chunks to fold'):
+    cut_folded(costs, 3)
 
 
 def test_figures_of_a_cut():
