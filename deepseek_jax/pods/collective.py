@@ -21,6 +21,8 @@ KINDS = (
   'collective-broadcast',
 )
 
+_NAMED = re.compile(r'replica_groups=(mesh\[[^\]]*\](?:, device_ids=\([^)]*\)\)?)? ?\{[^}]*\})')
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -91,9 +93,9 @@ def first_group(instruction: Instruction, devices: int) -> list[int]:
   pairs = instruction.attribute('source_target_pairs')
   if pairs is not None:
     return _cycle([tuple(map(int, p)) for p in re.findall(r'\{(\d+),(\d+)\}', pairs)])
+  if (named := _NAMED.search(instruction.rest)) is not None:
+    return _mesh_group(named[1])
   text = (instruction.attribute('replica_groups') or '').strip()
-  if text.startswith('mesh['):
-    return _mesh_group(text)
   if text.startswith('{{'):
     return [int(n) for n in text[2 : text.index('}')].split(',') if n]
   match = re.match(r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text)
@@ -130,12 +132,13 @@ def _mesh_group(text: str) -> list[int]:
   shape = [size for _, size in axes]
   ids = np.arange(math.prod(shape))
   rest = text[close + 1 :]
-  order = re.match(r',?\s*device_ids=\(?\[?([^)\]]*)\]?(?:<=\[([\d,]+)\]T\(([\d,]+)\))?', rest)
-  if order is not None and order[2]:
-    dims, turn = (_numbers(part) for part in order.groups()[1:])
+  turned = re.match(r', device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\)', rest)
+  listed = re.match(r', device_ids=\(([\d,]+)\)', rest)
+  if turned is not None:
+    dims, turn = (_numbers(part) for part in turned.groups())
     ids = ids.reshape(dims).transpose(turn).reshape(-1)
-  elif order is not None and ',' in order[1]:
-    ids = np.array([int(n) for n in order[1].split(',')])
+  elif listed is not None:
+    ids = np.array(_numbers(listed[1]))
   ids = ids.reshape(shape)
   chosen = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", rest[rest.rindex('{') :])
   names = [name for name, _ in axes]

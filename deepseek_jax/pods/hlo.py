@@ -202,19 +202,23 @@ def parse(text: str) -> Module:
     ValueError: there is no entry computation.
   """
   computations: dict[str, Computation] = {}
-  entry, name, found = None, None, []
+  entry, name, lines = None, None, []
   for line in text.splitlines():
     if name is None:
       header = _HEADER.match(line)
       if header is not None and not line.startswith('HloModule'):
-        name, found = header[2], []
+        name, lines = header[2], []
         entry = name if header[1] else entry
-    elif line.startswith('}'):
-      if found:
-        computations[name] = Computation(name, tuple(found))
+    elif line == '}':
+      if lines:
+        computations[name] = Computation(name, tuple(_instruction(*line) for line in lines))
       name = None
     elif (match := _INSTRUCTION.match(line)) is not None:
-      found.append(_instruction(match[2], match[3], bool(match[1])))
+      lines.append((match[2], match[3], bool(match[1])))
+    elif lines:
+      # What a kernel says of itself may have line ends.
+      place, body, root = lines[-1]
+      lines[-1] = (place, f'{body} {line}', root)
   if entry is None:
     raise ValueError('no ENTRY computation: this is no text of an HLO module')
   return Module(computations, entry)

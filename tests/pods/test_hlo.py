@@ -19,7 +19,9 @@ TEXT = """HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[
   %x = f32[2]{0:T(128)S(1)} get-tuple-element(%arg), index=1
   %one = s32[]{:T(128)} constant(1)
   %next = s32[]{:T(128)} add(%i, %one)
-  %y = f32[2]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, backend_config={"a":{"estimated_cycles":"33"}}
+  %y = f32[2]{0:T(128)} fusion(%x), kind=kLoop, calls=%inner, note={kernel_metadata={
+"blocks":"{\\"q\\": 512}"
+}}, backend_config={"a":{"estimated_cycles":"33"}}
   ROOT %out = (s32[]{:T(128)}, f32[2]{0:T(128)}) tuple(%next, %y)
 }
 
