@@ -1,1 +1,1 @@
-"""Planning for machines that are not here: what a pod of them would do with a model."""
+"""Compiling for hardware that is not here: memory, cost, time of a step, and what to change."""

@@ -1,0 +1,69 @@
+"""Says what a run would be on a pod that is not here: memory, work, traffic and time of a step."""
+
+import os
+import pathlib
+import shlex
+import sys
+
+from absl import flags
+
+from scripts import launch
+
+USAGE = """
+Compiles the whole training step for a slice of TPUs that is not here, on this CPU, and says what
+one device would hold and do, how long a step would take, and whether it fits.
+
+  python scripts/plan_pod.py --config=configs/v3_671b.py --topology=v5p:8x8x8 \\
+      [--config.path=value] … [--out=FOLDER]
+
+  --config=FILE           a config file, or the name of one in configs/
+  --config.path=value     changes one part
+  --topology=NAME         chips of a slice: v5p:8x8x8 (512 chips), v6e:8x8, tpu7x:4x4x4, v5e:16x16
+  --out=FOLDER            writes <name>.json and <name>.txt there
+  --name=NAME             of these files; the experiment's is used otherwise
+  --rows=12               of the longer tables
+
+The compiler comes with: pip install "deepseek_jax[pods]"
+"""
+
+TOPOLOGY = flags.DEFINE_string('topology', None, 'chips of a slice, such as v5p:8x8x8')
+OUT = flags.DEFINE_string('out', None, 'folder for the plan')
+NAME = flags.DEFINE_string('name', None, 'of the files')
+ROWS = flags.DEFINE_integer('rows', 12, 'of the longer tables')
+
+
+def main(config_path: str | None, assignments: dict[str, str]) -> int:
+  """Runs the script."""
+  from deepseek_jax.core.config import ConfigError
+  from deepseek_jax.core.override import override_from_text
+  from deepseek_jax.pods.topology import find_devices, parse_topology, prepare
+
+  if config_path is None:
+    raise ConfigError('--config is missing; for example --config=configs/v3_671b.py')
+  if TOPOLOGY.value is None:
+    raise ConfigError('--topology is missing; for example --topology=v5p:8x8x8')
+  topology = parse_topology(TOPOLOGY.value)
+  prepare(os.environ)
+  experiment, changes = override_from_text(launch.load_experiment(config_path), assignments)
+  for change in changes:
+    print(f'changed  {change}')
+  devices = find_devices(topology)
+  from deepseek_jax.pods.plan import to_json
+  from deepseek_jax.pods.report import describe
+  from deepseek_jax.pods.training import plan_training
+
+  command = shlex.join(['python', 'scripts/plan_pod.py', *sys.argv[1:]])
+  plan = plan_training(experiment, topology, devices, command)
+  text = describe(plan, ROWS.value)
+  if OUT.value is not None:
+    folder = pathlib.Path(OUT.value)
+    folder.mkdir(parents=True, exist_ok=True)
+    name = NAME.value or plan.name
+    (folder / f'{name}.json').write_text(to_json(plan), encoding='utf-8')
+    (folder / f'{name}.txt').write_text(text + '\n', encoding='utf-8')
+  print(text)
+  return 0
+
+
+if __name__ == '__main__':
+  launch.run_with_config(main, USAGE)
