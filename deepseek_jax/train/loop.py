@@ -24,12 +24,13 @@ from deepseek_jax.train.display import Display
 from deepseek_jax.train.evaluate import Evaluation, bits_per_byte, evaluate
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.faults import FaultLog
-from deepseek_jax.train.initialise import Origin, open_origin, resume_state
+from deepseek_jax.train.initialise import Origin, open_origin
 from deepseek_jax.train.interrupt import Stop
 from deepseek_jax.train.metrics import MetricWriter
 from deepseek_jax.train.placement import expert_devices, rebalance
-from deepseek_jax.train.recover import recover
+from deepseek_jax.train.restart import Restart, find_restart
 from deepseek_jax.train.saver import Saver
+from deepseek_jax.train.snapshot import Snapshots
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Metrics, Program, build_program
 from deepseek_jax.train.summary import experiment_weights, step_flops
@@ -69,6 +70,7 @@ class _Run:
   faults: FaultLog
   saver: Saver
   team: Team
+  snapshots: Snapshots | None
   clock: Clock
   step_flops: np.ndarray
   peak_flops: float
@@ -109,19 +111,22 @@ def train(
     display.message('reading the text …')
     tokenized = lambda: in_turn(lambda: experiment.data.prepare(cache_dir))  # noqa: E731
     data = team.in_background(tokenized, stop)
-    start = from_first(lambda: recover(workdir, display))
+    config = experiment.cadence.snapshot
+    snapshots = None if config is None else Snapshots(config, workdir.path)
+    restart = find_restart(program, workdir, checkpoints, snapshots, display)
+    start = restart.step
     rewind(workdir, writer, start)
     if start >= experiment.train_steps:
       display.message(f'nothing to do: {start} of {experiment.train_steps} steps are done')
       return Outcome(start, None, None)
     saver = Saver(experiment, workdir, checkpoints, display)
     from_first(lambda: saver.check_room(program.abstract_state))
-    display.message(f'going on after step {start} …' if start else 'compiling the training step …')
+    display.message(restart.words)
     origin = None if start else open_origin(program)
     if origin is not None:
       from_first(functools.partial(origin.write, workdir.init_from))
       display.message(origin.describe())
-    prepare = lambda: _prepare(program, checkpoints, start, origin)  # noqa: E731
+    prepare = lambda: _prepare(program, restart, origin)  # noqa: E731
     step, state, peak = team.in_background(prepare, stop)
     data_spec = experiment.data
     segments = plan_segments(experiment.model, experiment.remat)
@@ -142,6 +147,7 @@ def train(
       ),
       saver=saver,
       team=team,
+      snapshots=snapshots,
       clock=Clock(data_spec.batch_size * data_spec.length),
       step_flops=step_flops(experiment, experiment_weights(program)),
       peak_flops=peak * len(program.mesh.devices.flat),
@@ -159,14 +165,14 @@ def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
 
 
 def _prepare(
-  program: Program, checkpoints: Checkpoints, start: int, origin: Origin | None
+  program: Program, restart: Restart, origin: Origin | None
 ) -> tuple[Callable[..., Any], TrainState, float]:
   """Compiles the step, and makes or restores the state."""
   compiled = program.step.compile(program.abstract_state, program.abstract_batch())
   # What follows talks over the devices, which do not wait as long as a compilation may take.
   gather(None)
-  if start:
-    state = resume_state(program, checkpoints, start)
+  if restart.restore is not None:
+    state = restart.restore()
   else:
     state = program.init(jax.random.key(program.experiment.seed))
     state = state if origin is None else origin.load(program, state)
@@ -192,6 +198,8 @@ def _loop(
     metrics['host_seconds'] = host_seconds
     _finish(run, pending)
     pending = _Pending(done, metrics, np.asarray(rows.documents))
+    if run.snapshots is not None and _due(done, run.snapshots.every):
+      run.snapshots.save(done, state)
     placement = run.experiment.placement
     if placement is not None and _due(done, placement.every):
       _finish(run, pending)
@@ -225,6 +233,8 @@ def _loop(
       run.writer.display.message(f'{signal}: saved step {done} of {total}')
       return Outcome(done, signal, None)
   run.saver.finish()
+  if run.snapshots is not None:
+    run.snapshots.clear()
   return Outcome(total, None, evaluation)
 
 
