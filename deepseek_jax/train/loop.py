@@ -30,7 +30,7 @@ from deepseek_jax.train.metrics import MetricWriter
 from deepseek_jax.train.placement import expert_devices, rebalance
 from deepseek_jax.train.restart import Restart, find_restart
 from deepseek_jax.train.saver import Saver
-from deepseek_jax.train.snapshot import Snapshots
+from deepseek_jax.train.snapshot import Snapshots, make_snapshots
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Metrics, Program, build_program
 from deepseek_jax.train.summary import experiment_weights, step_flops
@@ -103,7 +103,8 @@ def train(
   """
   program = build_program(experiment)
   checkpoints = Checkpoints(workdir.checkpoints, experiment.cadence.keep, 'bits_per_byte')
-  writer, team = workdir.writer(display), make_team()
+  writer = workdir.writer(display)
+  team = make_team(display, workdir.rows(workdir.faults))
   with contextlib.ExitStack() as stack:
     stack.enter_context(writer)
     stack.enter_context(checkpoints)
@@ -111,8 +112,7 @@ def train(
     display.message('reading the text …')
     tokenized = lambda: in_turn(lambda: experiment.data.prepare(cache_dir))  # noqa: E731
     data = team.in_background(tokenized, stop)
-    config = experiment.cadence.snapshot
-    snapshots = None if config is None else Snapshots(config, workdir.path)
+    snapshots = make_snapshots(experiment.cadence.snapshot, workdir.path)
     restart = find_restart(program, workdir, checkpoints, snapshots, display)
     start = restart.step
     rewind(workdir, writer, start)
@@ -206,7 +206,7 @@ def _loop(
       pending = None
       state = _place(run, state, done)
     last = done == total
-    signal = run.team.stopping(done, stop)
+    signal = run.team.stopping(done, stop, state.step, host_seconds)
     halt = signal is not None or run.faults.exhausted
     evaluating = last or _due(done, cadence.evaluate)
     saving = last or halt or _due(done, cadence.save)
@@ -303,6 +303,7 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
     row['tokens_per_second'] = rate
     row['mfu'] = run.step_flops[step - 1] / run.clock.tokens_per_step * rate / run.peak_flops
     row['seconds_left'] = run.clock.seconds_left(run.experiment.train_steps) or 0.0
+  row |= run.team.figures()
   row['elapsed_seconds'] = time.perf_counter() - run.started
   row['peak_memory_bytes'] = peak_memory_bytes()
   return {

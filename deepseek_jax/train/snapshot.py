@@ -202,6 +202,11 @@ class Snapshots:
       return False
 
 
+def make_snapshots(config: Snapshot | None, workdir: pathlib.Path) -> Snapshots | None:
+  """Returns the snapshots of a run's process; None where the run keeps none."""
+  return None if config is None else Snapshots(config, workdir)
+
+
 def describe(state: Any) -> list[Any]:
   """Returns what a file of this process holds: address, dtype, shape and parts of every array.
 

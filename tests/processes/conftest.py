@@ -30,6 +30,8 @@ CLOCKED = (
 )
 SMALL = {
   'model.depth': '2',
+  # Experts are in the slow tests: they take as long to compile as all else.
+  'model.dense_layers': '2',
   'model.mtp': 'None',
   'model.width': '16',
   'data.length': '16',

@@ -25,13 +25,15 @@ def steps_saved(workdir):
 def test_two_processes_of_which_one_is_killed(launch):
   """The default test: same losses as one process, though process 1 died on the way."""
   launch.run('one', 1, devices=2)
-  running = launch.start('two', 2)
-  running.reach(5)
+  # Checkpoints alone would bring it back to step 4.
+  running = launch.start('two', 2, cadence__snapshot='Snapshot(every=1)')
+  running.reach(7)
   os.kill(running.process(1), signal.SIGKILL)
   said = running.end()
   assert 'process 1 died: by SIGKILL' in said
   assert 'starting all 2 again' in said
-  assert 'going on after step' in said
+  assert int(re.search(r'going on after step (\d+), from snapshots', said)[1]) >= 5
+  assert not list((launch.folder / 'two/snapshots').glob('*/*')), 'the end is saved for good'
   one, two = launch.folder / 'one', launch.folder / 'two'
   assert len(losses(two)) == STEPS
   np.testing.assert_allclose(losses(two), losses(one), **CLOSE)
@@ -42,11 +44,9 @@ def test_two_processes_of_which_one_is_killed(launch):
     assert ours['targets'] == theirs['targets']
     np.testing.assert_allclose(ours['loss'], theirs['loss'], **CLOSE)
   # Only the first process writes; each has its log.
-  assert [row['event'] for row in JsonLines(two / 'events.jsonl').read()] == [
-    'started',
-    'resumed',
-    'finished',
-  ]
+  events = [row['event'] for row in JsonLines(two / 'events.jsonl').read()]
+  # Whether the first process had time to say that it lost the other is left to chance.
+  assert [event for event in events if event != 'failed'] == ['started', 'resumed', 'finished']
   assert len(list((two / 'tensorboard').iterdir())) == 2
   for index in range(2):
     assert f'step {STEPS}/{STEPS}' in (two / f'logs/process_{index}.log').read_text()
@@ -111,18 +111,17 @@ def test_sigterm_while_compiling_ends_all(launch):
 def test_four_processes_save_and_fewer_go_on(launch):
   """A run of four goes on with two, and with one; the losses are those of one process."""
   launch.run('reference', 1, devices=4)
-  launch.run('shrinking', 4, train_steps='4')
-  launch.run('shrinking', 2, train_steps='8')
-  launch.run('shrinking', 1, train_steps='12', devices=1)
-  # The decay of the learning rate depends on the number of steps: the same schedule as above.
-  launch.run('stepwise', 1, train_steps='4', devices=4)
-  launch.run('stepwise', 1, train_steps='8', devices=4)
-  launch.run('stepwise', 1, train_steps='12', devices=4)
+  for processes, step in ((4, 5), (2, 9)):
+    running = launch.start('shrinking', processes, '--restarts=0')
+    running.reach(step)
+    os.kill(running.process(1), signal.SIGKILL)
+    assert running.launcher.wait(timeout=400) != 0
+  said = launch.run('shrinking', 1)
+  assert int(re.search(r'going on after step (\d+)', said)[1]) >= 8
   folder = launch.folder
-  np.testing.assert_allclose(losses(folder / 'shrinking'), losses(folder / 'stepwise'), rtol=1e-4)
-  assert steps_saved(folder / 'shrinking') == [4, 8, 12]
-  launch.run('four', 4)
-  np.testing.assert_allclose(losses(folder / 'four'), losses(folder / 'reference'), **CLOSE)
+  np.testing.assert_allclose(losses(folder / 'shrinking'), losses(folder / 'reference'), rtol=1e-4)
+  # The checkpoint that four wrote fits one that was alone all the time.
+  assert steps_saved(folder / 'shrinking') == steps_saved(folder / 'reference')
 
 
 @pytest.mark.slow
@@ -140,7 +139,7 @@ def test_axes_that_span_processes(launch, name, changes):
   """Hosts may share heads, experts or replicas: what they compute stays the same."""
   changes = {**changes, 'train_steps': '6'}
   if name == 'expert':
-    changes['model__feed_forward__dispatch'] = 'AllToAll()'
+    changes |= {'model__feed_forward__dispatch': 'AllToAll()', 'model__dense_layers': '1'}
   launch.run(f'{name}_1', 1, devices=2, **changes)
   launch.run(f'{name}_2', 2, **changes)
   one, two = launch.folder / f'{name}_1', launch.folder / f'{name}_2'
@@ -169,3 +168,41 @@ def test_a_process_that_hangs_ends_all(launch):
   finally:
     os.kill(victim, signal.SIGCONT)
   assert running.launcher.wait(timeout=120) != 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_run_that_loses_a_process_goes_on_with_fewer(launch):
+  """The batch stays whole: it is cut into more parts; no row is seen twice or never."""
+  launch.run('before', 1, devices=4)
+  running = launch.start('lost', 4, '--after_death=fewer')
+  running.reach(6)
+  os.kill(running.process(2), signal.SIGKILL)
+  said = running.end()
+  assert 'going on with 2 processes of 4' in said
+  assert '--config.microbatches=2' in said
+  lost, before = launch.folder / 'lost', launch.folder / 'before'
+  np.testing.assert_allclose(losses(lost), losses(before), rtol=1e-4)
+  assert JsonLines(lost / 'events.jsonl').read()[-1]['event'] == 'finished'
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_slow_process_is_named(launch):
+  """A process that the system lets run half of the time holds the others up, and is named."""
+  running = launch.start('slow', 2, train_steps='100000', cadence__log='100', cadence__save='None')
+  running.reach(100)
+  victim = running.process(1)
+  faults = launch.folder / 'slow/faults.jsonl'
+  deadline = time.monotonic() + 180
+  while not faults.exists() and time.monotonic() < deadline:
+    os.kill(victim, signal.SIGSTOP)
+    time.sleep(0.01)
+    os.kill(victim, signal.SIGCONT)
+    time.sleep(0.005)
+  running.launcher.send_signal(signal.SIGTERM)
+  said = running.end()
+  (row,) = [row for row in JsonLines(faults).read() if row['process'] == 1][:1]
+  assert row['kind'] == 'straggler'
+  assert 'process 1' in row['message']
+  assert 'holds the others up' in said
