@@ -110,7 +110,7 @@ class Prepared[C: Shuffled, R: Rows]:
   train: R
   heldout: R
 
-  def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
+  def train_batches(self, step: int, rows: slice | np.ndarray | None = None) -> Iterator[Batch]:
     """Endless batches of the training split from a step on; see `train_batches`."""
     return train_batches(
       self.train,
@@ -131,7 +131,7 @@ class TextData(Prepared[TextCorpus, PackedSplit]):
 
 
 def train_batches(
-  split: Rows, step: int, *, batch_size: int, seed: int, rows: slice | None = None
+  split: Rows, step: int, *, batch_size: int, seed: int, rows: slice | np.ndarray | None = None
 ) -> Iterator[Batch]:
   """Endless [B, T] NumPy batches of shuffled rows, in another order each epoch.
 
@@ -143,15 +143,16 @@ def train_batches(
     step: number of the first batch.
     batch_size: B, over all hosts.
     seed: of the shuffling, from 0 to 2³² - 1.
-    rows: which rows of each batch to read, for one host of several; None reads all.
+    rows: which rows of each batch to read, for one host of several, as a slice or as their
+      numbers; None reads all.
 
   Raises:
     ValueError: the step is negative, or no row is asked for.
   """
   if step < 0:
     raise ValueError(f'step: expected at least 0, found {step}')
-  wanted = rows or slice(None)
-  if not range(batch_size)[wanted]:
+  wanted = slice(None) if rows is None else rows
+  if not np.arange(batch_size)[wanted].size:
     raise ValueError(f'rows: {rows} is none of the {batch_size} rows of a batch')
   import grain  # here, because it takes two seconds that only training should pay
 

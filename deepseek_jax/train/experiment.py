@@ -26,6 +26,7 @@ from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.init_from import InitFrom
 from deepseek_jax.train.objective import NextToken
 from deepseek_jax.train.placement import Rebalance, check_placement, expert_devices
+from deepseek_jax.train.snapshot import Snapshot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class Cadence:
     sample: writes continuations of the prompts; None never.
     save: writes a checkpoint; the last step always does. None is only then.
     keep: newest checkpoints that are kept; the best by held-out bits per byte is kept too.
+    snapshot: how often each process copies its part of the state to a disk beside it, to go on
+      from there after a fault; None never.
   """
 
   log: int = 10
@@ -47,12 +50,13 @@ class Cadence:
   sample: int | None = None
   save: int | None = None
   keep: int = 3
+  snapshot: Snapshot | None = None
 
   def __post_init__(self):
     errors = [
       f'`{field.name}` is {value}; expected 1 or more'
       for field in dataclasses.fields(self)
-      if (value := getattr(self, field.name)) is not None and value < 1
+      if isinstance(value := getattr(self, field.name), int) and value < 1
     ]
     if errors:
       raise ConfigError(errors)

@@ -1,11 +1,13 @@
 """The training step, and everything that is compiled once for a run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -15,6 +17,7 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.models.decoder import Decoder, init_variables, plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.optim.balance import update_buffers
+from deepseek_jax.sharding.host_rows import own_rows, put_rows
 from deepseek_jax.sharding.mesh import make_mesh
 from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings, tree_specs
 from deepseek_jax.train.experiment import Experiment
@@ -75,6 +78,16 @@ class Program:
     if data.image_shape is None:
       return batch
     return dataclasses.replace(batch, images=leaf(jnp.uint8, *data.image_shape), placeholders=ids)
+
+  @functools.cached_property
+  def own_rows(self) -> np.ndarray | None:
+    """Which rows of a batch this host reads; None reads all."""
+    data = self.experiment.data
+    return own_rows(self.batch_sharding, (data.batch_size, data.length))
+
+  def put(self, batch: Batch) -> Batch:
+    """Puts the rows that this host has read of a batch onto the mesh."""
+    return put_rows(batch, self.batch_sharding, self.experiment.data.batch_size, self.own_rows)
 
 
 def build_program(experiment: Experiment, devices: list[jax.Device] | None = None) -> Program:
