@@ -109,9 +109,10 @@ def without_one(workdir: pathlib.Path, count: int, arguments: list[str]) -> tupl
 
 def newest(workdir: pathlib.Path) -> int:
   """Returns the newest step that a run could go on after; 0 where nothing is saved."""
-  from deepseek_jax.train.checkpoint_reader import finished_steps
-
-  return max(finished_steps(workdir / 'checkpoints'), default=0)
+  # A folder has its final name once all of it is written.
+  names = [path.name for path in (workdir / 'checkpoints').glob('[0-9]*')]
+  names += [path.stem for path in (workdir / 'snapshots').glob('process_0/[0-9]*.json')]
+  return max((int(name) for name in names if name.isdecimal()), default=0)
 
 
 def tell(text: str) -> None:

@@ -60,7 +60,8 @@ class Death:
     """
     log = workdir / 'logs' / f'process_{self.index}.log'
     lines = self.lines
-    if not lines and log.is_file():
+    # All but the first turn to their logs as soon as there are any.
+    if self.index and log.is_file():
       lines = tuple(log.read_text(encoding='utf-8', errors='replace').splitlines()[-SHOWN_LINES:])
     others = ', '.join(f'{index} {ended(code)}' for index, code in sorted(self.others.items()))
     head = f'launch: process {self.index} died: {ended(self.code)}'
@@ -147,7 +148,9 @@ class Group:
       if index == 0:
         sys.stdout.write(line)
         sys.stdout.flush()
-    self._ends[index] = (time.monotonic(), process.wait())
+    # A process that has turned to its log closes this long before its end.
+    code = process.wait()
+    self._ends[index] = (time.monotonic(), code)
 
   def wait(self, stop: Relay, grace_seconds: float) -> Death | None:
     """Waits until all have ended; ends those that outlive another by too much.

@@ -7,6 +7,9 @@ Kubernetes and Cloud TPU set variables, and by hand three arguments do.
 
 import dataclasses
 import re
+import socket
+import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -185,6 +188,10 @@ def start(member: Member, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
   """
   import jax
 
+  if member.coordinator is not None:
+    say(f'process {member.index} of {member.count}: coordinator {member.coordinator} …')
+    if member.index:
+      await_coordinator(member, CONNECT_SECONDS)
   # Its handler would take SIGTERM away from ours; see `train.team` for how all agree to stop.
   jax.config.update('jax_enable_preemption_service', False)
   known: dict[str, Any] = {}
@@ -207,14 +214,44 @@ def start(member: Member, heartbeat_seconds: int = HEARTBEAT_SECONDS) -> None:
     reason = str(error).strip().splitlines()[0][:200]
     raise ConfigError(
       [
-        f'process {member.index} of {member.count}: no connection to the coordinator at {where}: '
-        f'{reason}',
-        'process 0 opens that address; expected all processes to be started, to reach it, and to '
-        'be told the same count',
+        f'process {member.index} of {member.count}: no connection through {where}: {reason}',
+        'expected that all processes are started and are told the same coordinator and count',
       ]
     ) from error
   # All processes meet here: whatever waits for the first alone may come later.
   jax.devices()
+
+
+def await_coordinator(member: Member, seconds: float) -> None:
+  """Waits until process 0 listens: JAX would end this process without a word of Python.
+
+  Args:
+    member: who this is.
+    seconds: to wait; names of hosts, too, may not be known at once.
+
+  Raises:
+    ConfigError: nobody has listened for so long.
+  """
+  assert member.coordinator is not None
+  host, _, port = member.coordinator.rpartition(':')
+  deadline = time.monotonic() + seconds
+  while True:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > deadline:
+        raise ConfigError(
+          f'process {member.index} of {member.count}: nobody listens at the coordinator '
+          f'{member.coordinator} after {seconds:.0f} s ({error.strerror or error}); expected '
+          'process 0 there, started and to be reached from this host'
+        ) from error
+      time.sleep(0.2)
+
+
+def say(text: str) -> None:
+  """Prints a line to standard error: what C++ says after it needs to be understood."""
+  print(text, file=sys.stderr, flush=True)
 
 
 def first_host(nodes: str) -> str:

@@ -1,10 +1,15 @@
 """Who is who, as each cluster says it; and what is said when it does not."""
 
+import socket
+import threading
+import time
+
 import pytest
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.sharding.processes import (
   Member,
+  await_coordinator,
   find_cluster,
   first_host,
   from_arguments,
@@ -131,3 +136,24 @@ def test_only_one_of_several_is_taken_for_one(environ, cluster):
 )
 def test_first_host(nodes, host):
   assert first_host(nodes) == host
+
+
+def test_a_coordinator_that_is_not_there_is_named():
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+    # Bound, but nobody listens.
+    with pytest.raises(ConfigError, match=f'process 1 of 2: nobody listens at .* {address}'):
+      await_coordinator(Member(coordinator=address, count=2, index=1), seconds=0.1)
+
+
+def test_a_coordinator_that_comes_late_is_waited_for():
+  with socket.socket() as late:
+    late.bind(('127.0.0.1', 0))
+    timer = threading.Timer(0.3, late.listen)
+    timer.start()
+    begin = time.monotonic()
+    address = f'127.0.0.1:{late.getsockname()[1]}'
+    await_coordinator(Member(coordinator=address, count=2, index=1), seconds=20)
+    assert time.monotonic() - begin > 0.2
+    timer.join()

@@ -186,3 +186,47 @@ def _fold(sums, chunks, limit, join, price) -> tuple[float, list[tuple[int, int]
     sizes.append((a, b))
     state = (state[0] - a, state[1] - b)
   return best, sizes[::-1]
+
+
+def cut_for_devices(costs: Sequence[float], devices: Sequence[int]) -> Cut:
+  """Cuts units in order into chunks so that the dearest device is cheap; a search, not exact.
+
+  Begins with the even cut and gives, as long as it helps, one unit from a chunk to another, those
+  between sliding along. It helps if the dearest device gets cheaper, or else the sum of the
+  devices' squares, or else that of the chunks.
+
+  Args:
+    costs: of each unit, 0 or more.
+    devices: of each chunk.
+
+  Raises:
+    ConfigError: there are fewer units than chunks.
+  """
+  even = cut_evenly(costs, len(devices))
+  sums = [0.0, *itertools.accumulate(costs)]
+  sizes = list(even.sizes)
+
+  def totals_of(sizes: Sequence[int]) -> list[float]:
+    ends = [0, *itertools.accumulate(sizes)]
+    return [sums[end] - sums[start] for start, end in itertools.pairwise(ends)]
+
+  def value(sizes: Sequence[int]) -> tuple[float, float, float]:
+    totals = totals_of(sizes)
+    work = [0.0] * (max(devices) + 1)
+    for device, total in zip(devices, totals, strict=True):
+      work[device] += total
+    figures = (max(work), sum(w * w for w in work), sum(t * t for t in totals))
+    # Sums in another order differ in the last bits, and would be followed forever.
+    return tuple(float(f'{figure:.10e}') for figure in figures)  # type: ignore[return-value]
+
+  best = value(sizes)
+  while True:
+    options = []
+    for giver, taker in itertools.permutations(range(len(sizes)), 2):
+      if sizes[giver] > 1:
+        moved = list(sizes)
+        moved[giver], moved[taker] = moved[giver] - 1, moved[taker] + 1
+        options.append((value(moved), moved))
+    if not options or min(options)[0] >= best:
+      return Cut(sizes=tuple(sizes), totals=tuple(totals_of(sizes)), bound=even.bound)
+    best, sizes = min(options)

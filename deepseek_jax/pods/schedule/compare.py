@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.describe import bytes_text, duration, si, table
-from deepseek_jax.pods.schedule.balance import Cut, cut_evenly, cut_folded
+from deepseek_jax.pods.schedule.balance import Cut, cut_evenly, cut_folded, cut_for_devices
 from deepseek_jax.pods.schedule.check import check_timeline
 from deepseek_jax.pods.schedule.dual import DualPipe
 from deepseek_jax.pods.schedule.greedy import Searched
@@ -128,8 +128,8 @@ def try_schedule(
 ) -> Outcome:
   """Cuts a model for a schedule, simulates it, and checks what the simulator says.
 
-  The cut has the cheapest dearest chunk; where a device has one from the front and one from the
-  back, the cut with the cheapest dearest device is tried too, and what takes less time is taken.
+  The cut has the cheapest dearest chunk; where a device has several chunks, one with a cheap
+  dearest device is tried too, and what takes less time is taken.
 
   Args:
     schedule: the kind.
@@ -148,6 +148,8 @@ def try_schedule(
   cuts = [cut_evenly(totals, chunks)]
   if isinstance(schedule, FOLDED):
     cuts.append(cut_folded(totals, chunks))
+  elif chunks > stages:
+    cuts.append(cut_for_devices(totals, [chunk % stages for chunk in range(chunks)]))
   found = []
   for cut in cuts:
     costs = tuple(add_costs(tuple(units[start:end])) for start, end in cut.bounds)

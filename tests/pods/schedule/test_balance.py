@@ -6,7 +6,7 @@ import random
 import pytest
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.pods.schedule.balance import cut_evenly, cut_folded
+from deepseek_jax.pods.schedule.balance import cut_evenly, cut_folded, cut_for_devices
 
 
 def every_cut(costs, chunks):
@@ -62,6 +62,30 @@ def test_no_fold_is_better(seed):
     assert sum(t * t for t in found) == pytest.approx(squares)
   with pytest.raises(ConfigError, match='3 chunks to fold'):
     cut_folded(costs, 3)
+
+
+@pytest.mark.parametrize('seed', range(6))
+def test_a_search_for_devices(seed):
+  chance = random.Random(seed)
+  costs = [chance.choice([1.0, 2.5, chance.random()]) for _ in range(9)]
+  devices = [0, 1, 2] * 2
+
+  def dearest(totals):
+    return max(totals[d] + totals[d + 3] for d in range(3))
+
+  cut, even = cut_for_devices(costs, devices), cut_evenly(costs, 6)
+  assert cut.totals == pytest.approx([sum(costs[a:b]) for a, b in cut.bounds])
+  assert sum(cut.sizes) == 9
+  best = min(map(dearest, every_cut(costs, 6)))
+  assert best * (1 - 1e-9) <= dearest(cut.totals) <= dearest(even.totals) * (1 + 1e-9)
+  # A dear end is made good by a cheap chunk elsewhere on its device.
+  tail = cut_for_devices([1.0] * 8 + [4.0], [0, 1] * 2)
+  assert dearest_of_two(tail.totals) == 6.0
+  assert dearest_of_two(cut_evenly([1.0] * 8 + [4.0], 4).totals) == 8.0
+
+
+def dearest_of_two(totals):
+  return max(totals[0] + totals[2], totals[1] + totals[3])
 
 
 def test_figures_of_a_cut():
