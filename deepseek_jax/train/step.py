@@ -1,8 +1,9 @@
 """The training step, and everything that is compiled once for a run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shar
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.expert_lifecycle import make_lifecycle, split_taps, with_taps
 from deepseek_jax.train.guard import fresh_guard, make_settle
+from deepseek_jax.train.layout import state_specs
 from deepseek_jax.train.objective import (
+  Totals,
   batch_context,
   batch_totals,
   evaluation_sums,
@@ -28,6 +31,13 @@ from deepseek_jax.train.objective import (
 )
 from deepseek_jax.train.on_mesh import OnMesh
 from deepseek_jax.train.placement import count_tokens
+from deepseek_jax.train.replicas import (
+  AXIS,
+  make_reduction,
+  over_replicas,
+  split_replicas,
+  start_carry,
+)
 from deepseek_jax.train.report import logged_buffers
 from deepseek_jax.train.state import TrainState, fresh_state
 from deepseek_jax.train.traced import Traced, traced_values, with_traced
@@ -168,6 +178,7 @@ def make_init(
       # A copy: the step is given the memory of both, and one array cannot be given away twice.
       ema=() if experiment.ema is None else jax.tree.map(jnp.copy, params),
       guard=fresh_guard(experiment.guard, experiment.precision),
+      carry=start_carry(experiment.reduction, params, experiment.mesh.replica),
     )
 
   return init
@@ -189,15 +200,16 @@ def make_step(
   update = make_update(experiment, optimizer)
   settle = make_settle(experiment.guard, experiment.precision)
   advance = make_lifecycle(experiment, axes)
+  reduce = make_reduction(experiment.reduction, tree_specs(experiment.rules, axes))
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     scale = None if experiment.precision.scaling is None else state.guard.scaling.scale
     (grads, faults), scalars, observed = gradients(state, batch, scale)
     if scale is not None:
       grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
-    grads = keep_trainable(experiment, grads)
+    grads, carry, exchanged = reduce(grads, state.carry)
     norm = optax.tree.norm(grads)
-    proposed = update(state, grads, observed)
+    proposed = dataclasses.replace(update(state, grads, observed), carry=carry)
     settled, report = settle(state, proposed, scalars, norm)
     settled, events = advance(state, settled, observed, faults)
     metrics = {
@@ -207,6 +219,7 @@ def make_step(
       'tokens': jnp.sum(batch.weights),
       'observed': observed,
       'buffers': logged_buffers(settled.buffers),
+      **exchanged,
       **report,
       **events,
     }
@@ -221,41 +234,74 @@ def make_gradients(experiment: Experiment, decoder: Decoder) -> Callable[..., An
   Returns:
     `(state, batch, scale) -> (gradients, scalars, observed)`, summed over microbatches. The
     gradients are a pair: of the parameters, and of what `split_taps` finds among the buffers.
+    Where a kind adds up what replicas have, those of the parameters are [R, ...].
   """
   depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
   mtp_weight = experiment.objective.build(experiment.train_steps)
+  apart = experiment.reduction is not None
+  rules = experiment.rules.without(AXIS) if apart else experiment.rules
+  replicas = experiment.mesh.replica
 
   def gradients(state: TrainState, batch: Batch, scale: Any) -> tuple[Any, Metrics, Any]:
     totals = batch_totals(batch, depth)
     weight = mtp_weight(state.step)
     noise = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
 
-    def loss(params: Any, taps: Any, part: Batch, key: jax.Array):
-      context = batch_context(part, experiment.rules, state.step, key)
-      variables = {'params': params, 'buffers': with_taps(state.buffers, taps)}
+    def loss(given: Given, taps: Any, params: Any, part: Batch, key: jax.Array):
+      context = batch_context(part, rules, given.step, key)
+      variables = {'params': params, 'buffers': with_taps(given.buffers, taps)}
+      divisors = Totals(given.targets, totals.rows)
       chunk = experiment.objective.chunk
-      return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
+      return training_loss(
+        decoder, variables, part, divisors, given.weight, context, chunk, given.scale
+      )
 
-    differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    taps = split_taps(state.buffers)
-    if experiment.microbatches == 1:
-      grads, (scalars, observed) = differentiate(state.params, taps, batch, noise)
-      return grads, scalars, observed
+    def part_gradients(given: Given, own: tuple[Batch, jax.Array]) -> tuple[Any, Metrics, Any]:
+      found = accumulate(functools.partial(loss, given), given, *own, experiment.microbatches)
+      (grads, taps), scalars, observed = found
+      return (keep_trainable(experiment, grads), taps), scalars, observed
 
-    def accumulate(sums: Any, given: tuple[Batch, jax.Array]):
-      grads, (scalars, observed) = differentiate(state.params, taps, *given)
-      return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
-
-    parts = (
-      split_rows(batch, experiment.microbatches),
-      jax.random.split(noise, experiment.microbatches),
-    )
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(differentiate, state.params, taps, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-    return jax.lax.scan(accumulate, zeros, parts)[0]
+    given = Given(state.params, state.buffers, state.step, totals.targets, weight, scale)
+    if not apart:
+      return part_gradients(given, (batch, noise))
+    own = split_replicas(batch, replicas), jax.random.split(noise, replicas)
+    (grads, taps), *rest = over_replicas(part_gradients)(given, own)
+    taps, scalars, observed = jax.tree.map(lambda x: jnp.sum(x, axis=0), (taps, *rest))
+    return (grads, taps), scalars, observed
 
   return gradients
+
+
+class Given(NamedTuple):
+  """What all rows of a batch share: parts of the state, divisors [1 + depth], weight and scale."""
+
+  params: Any
+  buffers: Any
+  step: jax.Array
+  targets: jax.Array
+  weight: jax.Array
+  scale: jax.Array | None
+
+
+def accumulate(
+  loss: Callable[..., Any], given: Given, batch: Batch, noise: jax.Array, microbatches: int
+) -> tuple[Any, Metrics, Any]:
+  """Differentiates a loss `(taps, params, part, key)` of every microbatch, and sums."""
+  differentiate = jax.grad(loss, argnums=(1, 0), has_aux=True)
+  taps = split_taps(given.buffers)
+  if microbatches == 1:
+    grads, (scalars, observed) = differentiate(taps, given.params, batch, noise)
+    return grads, scalars, observed
+
+  def add(sums: Any, own: tuple[Batch, jax.Array]):
+    grads, (scalars, observed) = differentiate(taps, given.params, *own)
+    return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
+
+  parts = split_rows(batch, microbatches), jax.random.split(noise, microbatches)
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(differentiate, taps, given.params, *first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
+  return jax.lax.scan(add, zeros, parts)[0]
 
 
 def make_update(
@@ -317,40 +363,3 @@ def split_rows(batch: Batch, parts: int) -> Batch:
   return jax.tree.map(
     lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
   )
-
-
-def state_specs(experiment: Experiment, shapes: TrainState, axes: dict[str, Any]) -> TrainState:
-  """Returns the partition spec of every array of the state.
-
-  An array of the optimizer that lies at a parameter's address has the parameter's layout.
-  """
-  params = tree_specs(experiment.rules, axes['params'])
-  buffers = tree_specs(experiment.rules, axes['buffers'])
-  table = {
-    _names(path): spec
-    for path, spec in jax.tree_util.tree_leaves_with_path(
-      params, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
-  }
-
-  def optimizer_spec(path, leaf):
-    names = _names(path)
-    for start in range(len(names)):
-      spec = table.get(names[start:])
-      if spec is not None and len(spec) == leaf.ndim:
-        return spec
-    return PartitionSpec()
-
-  return TrainState(
-    step=PartitionSpec(),  # type: ignore[arg-type]
-    params=params,
-    buffers=buffers,
-    opt_state=jax.tree_util.tree_map_with_path(optimizer_spec, shapes.opt_state),
-    ema=params if jax.tree.leaves(shapes.ema) else (),
-    guard=jax.tree.map(lambda _: PartitionSpec(), shapes.guard),
-    carry=jax.tree.map(lambda _: PartitionSpec(), shapes.carry),
-  )
-
-
-def _names(path: Any) -> tuple[str, ...]:
-  return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)
