@@ -5,6 +5,7 @@ puts it; what a device then holds of them crosses to the same device of the othe
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,3 +156,111 @@ def sum_tree(kind: Exact | Quantised, tree: dict[str, jax.Array], axis: str) -> 
     totals |= zip(addresses, sums, strict=True)
     errors |= zip(addresses, lost, strict=True)
   return totals, errors
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Every:
+  """Replicas meet every so many steps.
+
+  Attributes:
+    steps: of each replica by itself between two exchanges, the one that exchanges included.
+  """
+
+  steps: int = 16
+
+  def __post_init__(self):
+    check_fields(self, {'steps': (self.steps >= 1, 'a count of at least 1')})
+
+  @property
+  def start(self) -> int:
+    """Steps until the first exchange."""
+    return self.steps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptive:
+  """Replicas meet as often as the network lets them: by measured seconds.
+
+  Attributes:
+    share: the most that exchanges may take of the time of the steps between them.
+    start: steps until the first exchange, and until there are measurements.
+    most: steps, however slow the network is.
+  """
+
+  share: float = 0.1
+  start: int = 4
+  most: int = 128
+
+  def __post_init__(self):
+    check_fields(
+      self,
+      {
+        'share': (self.share > 0, 'a share above 0'),
+        'start': (self.start >= 2, 'a count of at least 2: else no step is without an exchange'),
+        'most': (self.most >= self.start, 'a count of at least `start`'),
+      },
+    )
+
+  def steps(self, step_seconds: float, exchange_seconds: float) -> int:
+    """Returns how many steps there are to be between exchanges.
+
+    At least 2: a step without an exchange is what an exchange is measured against.
+
+    Args:
+      step_seconds: of a step without an exchange.
+      exchange_seconds: that one adds.
+    """
+    wanted = math.ceil(max(exchange_seconds, 0.0) / (self.share * step_seconds))
+    return min(max(wanted, 2), self.most)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiLoCo:
+  """Replicas train by themselves, and from time to time agree on how far they have moved.
+
+  Each has an optimizer of its own and steps along the gradient of its own rows. When it is due, the
+  mean of what they have moved is exchanged, and an outer optimizer (Nesterov's momentum) takes it
+  for its gradient; all go on from where that leads. Between exchanges nothing crosses but counts
+  and scalars. It is another algorithm than one step for all, and its weights are others: by how
+  much is in experiments/gradient_compression.
+
+  Attributes:
+    interval: steps between exchanges.
+    exchange: how what was moved is added up.
+    outer_rate: learning rate of the outer optimizer; 1 without momentum takes the mean.
+    momentum: of the outer optimizer.
+
+  Source: Douillard et al., arXiv 2311.08105, algorithm 1; local steps: Stich, arXiv 1805.09767.
+  """
+
+  interval: Every | Adaptive = Every()
+  exchange: Exact | Quantised = Exact()
+  outer_rate: float = 0.7
+  momentum: float = 0.9
+
+  def __post_init__(self):
+    check_fields(
+      self,
+      {
+        'outer_rate': (self.outer_rate > 0, 'a number above 0'),
+        'momentum': (0 <= self.momentum < 1, 'a share in [0, 1)'),
+      },
+    )
+
+  @property
+  def feedback(self) -> ErrorFeedback | None:
+    """What becomes of the errors of the exchange."""
+    return self.exchange.feedback
+
+  def update(self, params: Any, opt_state: Any, moved: Any) -> tuple[Any, Any]:
+    """Returns new weights and outer momentum, by the mean [...] of what replicas have moved."""
+    momentum = jax.tree.map(
+      lambda old, new: self.momentum * old + new, opt_state['momentum'], moved
+    )
+    params = jax.tree.map(
+      lambda weight, new, old: weight + self.outer_rate * (new + self.momentum * old),
+      params,
+      moved,
+      momentum,
+    )
+    return params, {'momentum': momentum}

@@ -75,14 +75,6 @@ def split_replicas(batch: Batch, replicas: int) -> Batch:
   return jax.tree.map(lambda x: x.reshape(replicas, -1, *x.shape[1:]), batch)
 
 
-def start_carry(kind: Exact | Quantised | None, params: Any, replicas: int) -> Carry:
-  """Returns the errors [R, ...] of a fresh run, which are zero; empty where none are kept."""
-  if kind is None or kind.feedback is None:
-    return ()
-  zeros = jax.tree.map(lambda x: jnp.zeros((replicas, *x.shape), jnp.float32), params)
-  return {'error': zeros}
-
-
 def carry_spec(leaf: Any, parameter: PartitionSpec | None) -> PartitionSpec:
   """Returns how an array of the carry lies: [R, ...] like the parameter at its address.
 

@@ -43,3 +43,8 @@ def fresh_state(
     guard=guard,
     carry=carry,
   )
+
+
+def accepted_steps(state: TrainState) -> jax.Array:
+  """Returns how many updates the weights have seen, [] int32: the optimizer's own count."""
+  return state.step - state.guard.skipped if state.guard else state.step

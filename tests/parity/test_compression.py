@@ -12,7 +12,9 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import tiny_mla
@@ -21,12 +23,15 @@ from deepseek_jax.core.tree import flatten
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.moe.balance import SequenceBalance
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
-from deepseek_jax.optim.compression import Exact, Quantised
+from deepseek_jax.optim.balance import update_buffers
+from deepseek_jax.optim.compression import DiLoCo, Every, Exact, Quantised
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import Constant
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
 from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.gradients import Given, Own, make_part_gradients
+from deepseek_jax.train.objective import batch_totals
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Program, build_program
 
@@ -43,6 +48,18 @@ LAYOUTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plain:
+  """Steps against the gradient."""
+
+  peak_lr: float = 0.5
+
+  def build(self, schedule_fn, axes):
+    """An optimizer in form."""
+    del axes
+    return optax.sgd(lambda step: self.peak_lr * schedule_fn(step))
+
+
 def experiment(layout: str, reduction: Any, microbatches: int = 1) -> Experiment:
   """Two layers of experts in one scan, with a balance loss that is heavy enough to show."""
   base = tiny_mla.get_config()
@@ -54,7 +71,7 @@ def experiment(layout: str, reduction: Any, microbatches: int = 1) -> Experiment
     base,
     model=dataclasses.replace(base.model, depth=2, dense_layers=0, mtp=None, feed_forward=sparse),
     data=dataclasses.replace(base.data, length=LENGTH, batch_size=ROWS),
-    optimizer=AdamW(peak_lr=1e-2, epsilon=1e-2),
+    optimizer=Plain() if isinstance(reduction, DiLoCo) else AdamW(peak_lr=1e-2, epsilon=1e-2),
     schedule=Constant(),
     rules=rules,
     mesh=mesh,
@@ -228,3 +245,58 @@ def test_rules_that_leave_replicas_nothing_of_their_own():
     build_program(dataclasses.replace(chosen, rules=wrong))
   assert any('expected `replica` first' in message for message in caught.value.messages)
   assert any('rules.embed' in message for message in caught.value.messages)
+
+
+LOCAL = DiLoCo(interval=Every(steps=2), outer_rate=0.5, momentum=0.5)
+
+
+@functools.cache
+def alone():
+  """Two replicas that step by themselves on one device, for four batches: weights by hand."""
+  chosen = experiment('single', LOCAL)
+  chosen = dataclasses.replace(chosen, rules=FSDP)
+  made = build_program(dataclasses.replace(chosen, reduction=None), jax.devices()[:1])
+  gradients = jax.jit(make_part_gradients(chosen, made.decoder))
+  rate, params, momentum, seen = Plain().peak_lr, jax.device_get(start(made).params), None, []
+  buffers = jax.device_get(start(made).buffers)
+  states = [params, params]
+  for seed in range(1, 5):
+    batch = packed(seed)
+    totals, found, loads = batch_totals(batch, 0), [], []
+    for number, weights in enumerate(states):
+      rows = jax.tree.map(lambda x: x[4 * number : 4 * number + 4], batch)  # noqa: B023
+      given = Given(weights, buffers, jnp.int32(seed - 1), totals.targets, jnp.float32(0.3), None)
+      (grads, _), _, observed = gradients(given, Own(rows, jax.random.key(0)))
+      found.append(jax.tree.map(lambda w, g: w - rate * 2 * np.asarray(g), weights, grads))
+      loads.append(observed)
+    states = found
+    buffers = follow(made, buffers, jax.tree.map(jnp.add, *loads))
+    if seed % 2 == 0:
+      moved = jax.tree.map(lambda a, b, c: (a + b) / 2 - c, *states, params)
+      momentum = jax.tree.map(lambda m: 0 * m, moved) if momentum is None else momentum
+      momentum = jax.tree.map(lambda m, x: 0.5 * m + x, momentum, moved)
+      params = jax.tree.map(lambda w, x, m: w + 0.5 * (x + 0.5 * m), params, moved, momentum)
+      states = [params, params]
+    seen.append((params, states))
+  return seen
+
+
+def follow(made: Program, buffers: Any, loads: Any) -> Any:
+  """Selection biases after a step."""
+  balance = made.experiment.balance
+  return jax.device_get(
+    update_buffers(buffers, loads, balance.build(20)(jnp.int32(0)), balance.direction)
+  )
+
+
+def test_local_steps_are_those_of_replicas_alone():
+  """Weights in common move when it is due and by what the rule says; each replica's in between."""
+  found = run('hybrid', LOCAL, steps=4)
+  for number, ((state, metrics), (params, states)) in enumerate(zip(found, alone(), strict=True)):
+    assert_same(state.params, params)
+    for replica, weights in enumerate(states):
+      moved = jax.tree.map(lambda x: x[replica], state.carry['moved'])  # noqa: B023
+      assert_same(jax.tree.map(np.add, state.params, moved), weights)
+    assert int(state.carry['since']) == (number + 1) % 2
+    assert float(metrics['local_steps']) == 1 + number % 2
+    assert (float(metrics['exchanged_bytes']) > 0) == (number % 2 == 1)
