@@ -1,4 +1,4 @@
-"""Counts the bytes that a device sends in a training step, by mesh axis, for each kind of reduction.
+"""Counts the bytes that a device sends in a step, by mesh axis, for each kind of reduction.
 
   python scripts/bench_compression.py [--config=quickstart] [--replica=2] [--data=4]
       [--kinds=none,exact,int8,int4] [--output=…]

@@ -117,7 +117,7 @@ def train(
     if origin is not None:
       origin.write(workdir.init_from)
       display.message(origin.describe())
-    prepare = lambda: _prepare(program, checkpoints, start, origin)  # noqa: E731
+    prepare = lambda: _prepare(program, checkpoints, start, origin, display)  # noqa: E731
     step, state, peak = in_background(prepare, stop)
     data_spec = experiment.data
     segments = plan_segments(experiment.model, experiment.remat)
@@ -153,12 +153,16 @@ def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
 
 
 def _prepare(
-  program: Program, checkpoints: Checkpoints, start: int, origin: Origin | None
+  program: Program,
+  checkpoints: Checkpoints,
+  start: int,
+  origin: Origin | None,
+  display: Display,
 ) -> tuple[Callable[..., Any], TrainState, float]:
   """Compiles the step, and makes or restores the state."""
   compiled = program.step.compile(program.abstract_state, program.abstract_batch())
   if start:
-    state = resume_state(program, checkpoints, start)
+    state = resume_state(program, checkpoints, start, display.message)
   else:
     state = program.init(jax.random.key(program.experiment.seed))
     state = state if origin is None else origin.load(program, state)

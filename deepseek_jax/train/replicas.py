@@ -85,6 +85,44 @@ def carry_spec(leaf: Any, parameter: PartitionSpec | None) -> PartitionSpec:
   return PartitionSpec(*(AXIS,) * (leaf.ndim > 0), *(parameter or ()))
 
 
+def saved_replicas(carry: Any) -> int | None:
+  """Returns for how many replicas R the arrays [R, ...] of a carry are; None where there are none.
+
+  Args:
+    carry: arrays or their shapes.
+  """
+  return next((leaf.shape[0] for leaf in jax.tree.leaves(carry) if leaf.shape), None)
+
+
+def refit_carry(carry: Carry, replicas: int) -> Carry:
+  """Returns what other replicas go on with: as many as are asked for, all with the same.
+
+  Of errors, which replicas have yet to add to the sum, each gets its share of the total, so that
+  nothing is lost. Of what replicas of DiLoCo have moved, and of their optimizers, each gets the
+  mean.
+
+  Args:
+    carry: of any number of replicas.
+    replicas: R.
+  """
+
+  def refit(name: str, leaf: jax.Array) -> jax.Array:
+    if not leaf.ndim:
+      return leaf
+    if name == 'error':
+      one = jnp.sum(leaf, axis=0) / replicas
+    elif jnp.issubdtype(leaf.dtype, jnp.integer):
+      one = jnp.max(leaf, axis=0)
+    else:
+      one = jnp.mean(leaf, axis=0)
+    return jnp.repeat(one[None].astype(leaf.dtype), replicas, axis=0)
+
+  return {
+    name: jax.tree.map(lambda leaf: refit(name, leaf), tree)  # noqa: B023
+    for name, tree in carry.items()
+  }
+
+
 def make_reduction(
   kind: Exact | Quantised | None, specs: Any
 ) -> Callable[[Any, Carry], tuple[Any, Carry, dict[str, jax.Array]]]:

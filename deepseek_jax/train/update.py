@@ -125,7 +125,12 @@ def _make_local(
     mean, kept, report = reduce(shares, carry)
     params, opt_state = kind.update(params, opt_state, mean)
     none = jax.tree.map(jnp.zeros_like, carry['moved'])
-    return params, opt_state, {**carry, 'moved': none, **kept, 'since': jnp.int32(0)}, report
+    return (
+      params,
+      opt_state,
+      {**carry, 'moved': none, **(kept or {}), 'since': jnp.int32(0)},
+      report,
+    )
 
   def propose(state: TrainState, batch: Batch, scale: jax.Array | None) -> Proposal:
     given, rows = share(state, batch, scale)

@@ -52,7 +52,7 @@ LAYOUTS = {
 class Plain:
   """Steps against the gradient."""
 
-  peak_lr: float = 0.5
+  peak_lr: float = 0.02
 
   def build(self, schedule_fn, axes):
     """An optimizer in form."""
@@ -134,15 +134,15 @@ def run(layout: str, reduction: Any, microbatches: int = 1, steps: int = 2) -> l
   return results
 
 
-def assert_same(found: Any, expected: Any, tolerance: float = TOLERANCE) -> None:
+def assert_same(found: Any, expected: Any, tolerance: float = TOLERANCE, where: str = '') -> None:
   """Every array within the tolerance, relative to the largest entry of the array."""
   found, expected = flatten(found), flatten(expected)
   assert found.keys() == expected.keys()
   for address, array in expected.items():
     limit = tolerance * np.abs(array).max()
-    assert limit > 0, f'{address} is all zero'
+    assert limit > 0, f'{where}{address} is all zero'
     difference = np.abs(found[address] - array).max()
-    assert difference <= limit, f'{address} differs by {difference}, limit {limit}'
+    assert difference <= limit, f'{where}{address} differs by {difference}, limit {limit}'
 
 
 CASES = [
@@ -293,10 +293,11 @@ def test_local_steps_are_those_of_replicas_alone():
   """Weights in common move when it is due and by what the rule says; each replica's in between."""
   found = run('hybrid', LOCAL, steps=4)
   for number, ((state, metrics), (params, states)) in enumerate(zip(found, alone(), strict=True)):
-    assert_same(state.params, params)
+    assert_same(state.params, params, where=f'after step {number + 1}: ')
     for replica, weights in enumerate(states):
       moved = jax.tree.map(lambda x: x[replica], state.carry['moved'])  # noqa: B023
-      assert_same(jax.tree.map(np.add, state.params, moved), weights)
+      own = jax.tree.map(np.add, state.params, moved)
+      assert_same(own, weights, where=f'replica {replica} after step {number + 1}: ')
     assert int(state.carry['since']) == (number + 1) % 2
     assert float(metrics['local_steps']) == 1 + number % 2
     assert (float(metrics['exchanged_bytes']) > 0) == (number % 2 == 1)
