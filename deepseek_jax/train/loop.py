@@ -25,6 +25,7 @@ from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.faults import FaultLog
 from deepseek_jax.train.initialise import Origin, open_origin, resume_state
 from deepseek_jax.train.interrupt import Stop, in_background
+from deepseek_jax.train.link import Link, agreed, open_link, with_interval
 from deepseek_jax.train.metrics import JsonLines, MetricWriter
 from deepseek_jax.train.placement import expert_devices, rebalance
 from deepseek_jax.train.recover import recover
@@ -67,6 +68,7 @@ class _Run:
   faults: FaultLog
   saver: Saver
   clock: Clock
+  link: Link | None
   step_flops: np.ndarray
   peak_flops: float
   sample: Sampler | None
@@ -137,6 +139,7 @@ def train(
       ),
       saver=saver,
       clock=Clock(data_spec.batch_size * data_spec.length),
+      link=open_link(experiment),
       step_flops=step_flops(experiment, experiment_weights(program)),
       peak_flops=peak * len(program.mesh.devices.flat),
       sample=None if sample is None else sample(program, data),
@@ -188,6 +191,7 @@ def _loop(
     metrics['host_seconds'] = host_seconds
     _finish(run, pending)
     pending = _Pending(done, metrics, np.asarray(rows.documents))
+    state = _adapt(run, state, done)
     placement = run.experiment.placement
     if placement is not None and _due(done, placement.every):
       _finish(run, pending)
@@ -221,6 +225,16 @@ def _loop(
       return Outcome(done, stop.requested, None)
   run.saver.finish()
   return Outcome(total, None, evaluation)
+
+
+def _adapt(run: _Run, state: TrainState, step: int) -> TrainState:
+  """Lets replicas meet more or less often, where that is by measured seconds."""
+  measured = None if run.link is None else run.link.take()
+  if measured is None:
+    return state
+  measured = agreed(measured)
+  run.writer.display.message(f'step {step}  {measured}')
+  return with_interval(state, measured.steps)
 
 
 def _place(run: _Run, state: TrainState, step: int) -> TrainState:
@@ -269,6 +283,8 @@ def _finish(run: _Run, pending: _Pending | None) -> None:
   step, metrics, documents = pending
   jax.block_until_ready(metrics['loss'])
   run.clock.tick(step)
+  if run.link is not None:
+    run.link.tick(run.clock.last_seconds, exchanged=float(metrics['exchanged_bytes']) > 0)
   run.faults.read(step, metrics, documents)
   if step == 1 or step == run.experiment.train_steps or _due(step, run.experiment.cadence.log):
     run.writer.write(step, _numbers(run, step, jax.device_get(metrics)))

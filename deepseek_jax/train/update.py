@@ -146,7 +146,7 @@ def _make_local(
     params, opt_state, carry, report = jax.lax.cond(
       due, meet, lambda *given: (*given, quiet), state.params, state.opt_state, carry
     )
-    report = {**report, 'local_steps': since.astype(jnp.float32)}
+    report |= {'local_steps': since, 'interval': carry['interval']}
     state = dataclasses.replace(state, opt_state=opt_state, carry=carry)
     norm = jnp.sqrt(jnp.mean(squares))
     return Proposal(follow_up(state, params, observed), scalars, norm, observed, faults, report)

@@ -29,6 +29,7 @@ from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import Constant
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
+from deepseek_jax.sharding.traffic import read_collectives
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.gradients import Given, Own, make_part_gradients
 from deepseek_jax.train.objective import batch_totals
@@ -196,6 +197,35 @@ def test_what_bits_change(bits):
   # A uniform error in steps of the block's largest: at most 0.5 / 127, or 0.5 / 7, of that.
   assert 1e-4 < share < {8: 0.02, 4: 0.3}[bits]
   assert 0.3 * share < float(metrics['exchange_error']) < 3 * share
+
+
+@pytest.mark.parametrize('reduction', [Exact(), Quantised(bits=8, block=BLOCK)])
+def test_what_crosses(reduction):
+  """In the compiled program: of sharded weights a device's own shard, and what the log says.
+
+  Beside gradients cross the losses and the experts' loads, which every step adds up.
+  """
+  made, step = program('hybrid', reduction)
+  found = read_collectives(step.function.as_text(), dict(made.mesh.shape))
+  crossing = [collective for collective in found if 'replica' in collective.axes]
+  gradients = [collective for collective in crossing if 'exchange/' in collective.name]
+  assert {collective.axes for collective in gradients} == {('replica',)}
+  (_, metrics), _ = run('hybrid', reduction)
+  sent = sum(collective.sent_bytes for collective in gradients)
+  assert sent == pytest.approx(float(metrics['exchanged_bytes']), rel=1e-6)
+  shards = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape))
+    for leaf in jax.tree.leaves(made.abstract_state.params)
+  )
+  whole = sum(leaf.size for leaf in jax.tree.leaves(made.abstract_state.params))
+  assert shards < 0.35 * whole
+  if isinstance(reduction, Exact):
+    assert sent == 4 * shards
+  else:
+    assert {dtype for collective in gradients for dtype in collective.dtypes} == {'u8'}
+    assert sent < 2 * shards
+  rest = sum(collective.sent_bytes for collective in crossing) - sent
+  assert rest < 2000
 
 
 def test_it_is_deterministic_and_goes_on_bitwise():
