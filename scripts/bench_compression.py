@@ -12,6 +12,8 @@ what it chose. The devices are those of this host; nothing is run. Claim P3.
 import json
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags
 
@@ -59,24 +61,14 @@ def main(argv: list[str]) -> None:
     compiled = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
     found = read_collectives(compiled.as_text(), dict(program.mesh.shape))
     crossing = [collective for collective in found if 'replica' in collective.axes]
-    by_axes = {' × '.join(axes): sent for axes, sent in sent_by_axes(found).items()}
     row = {
       'kind': name,
-      'sent_bytes': by_axes,
+      'sent_bytes': {' × '.join(axes): sent for axes, sent in sent_by_axes(found).items()},
       'crossing_bytes': sum(collective.sent_bytes for collective in crossing),
       'crossing_dtypes': sorted({dtype for c in crossing for dtype in c.dtypes}),
     }
     rows.append(row)
-    print(f'\n{name}: MB that a device sends in a step')
-    for axes, sent in sorted(by_axes.items()):
-      print(f'  along {axes:<18}{sent / 1e6:12.3f}')
-    largest = sorted(crossing, key=lambda collective: -collective.sent_bytes)[:8]
-    for collective in largest:
-      print(
-        f'    {collective.kind:<14} {"+".join(collective.dtypes):<8} over {collective.size}, '
-        f'{collective.sent_bytes / 1e6:9.3f} MB  {collective.name[-60:]}'
-      )
-    print(f'    {len(crossing)} that cross, {row["crossing_bytes"] / 1e6:.3f} MB', flush=True)
+    show(row, crossing)
   first = next((row for row in rows if row['kind'] == 'exact'), rows[0])
   print(f'\n{"kind":<8}{"crossing MB":>14}  times less than {first["kind"]}')
   for row in rows:
@@ -85,6 +77,19 @@ def main(argv: list[str]) -> None:
   if OUTPUT.value:
     lines = (json.dumps(row) + '\n' for row in rows)
     pathlib.Path(OUTPUT.value).write_text(''.join(lines), encoding='utf-8')
+
+
+def show(row: dict[str, Any], crossing: Sequence[Any]) -> None:
+  """Prints what one kind sends, and the largest of what crosses from slice to slice."""
+  print(f'\n{row["kind"]}: MB that a device sends in a step')
+  for axes, sent in sorted(row['sent_bytes'].items()):
+    print(f'  along {axes:<18}{sent / 1e6:12.3f}')
+  for collective in sorted(crossing, key=lambda collective: -collective.sent_bytes)[:8]:
+    print(
+      f'    {collective.kind:<14} {"+".join(collective.dtypes):<8} over {collective.size}, '
+      f'{collective.sent_bytes / 1e6:9.3f} MB  {collective.name[-60:]}'
+    )
+  print(f'    {len(crossing)} that cross, {row["crossing_bytes"] / 1e6:.3f} MB', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,7 @@
 """Held-out loss and bytes of two replicas under each kind of reduction, three seeds each.
 
   python -m experiments.gradient_compression.measure [--steps=300] [--seeds=3]
-      [--output=results.json]
+      [--output=losses.json]
 
 Prints a table; the rows go to the file as they come. The question and what was found are in
 README.md.
@@ -109,7 +109,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--seeds', type=int, default=3)
-  parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('results.json'))
+  parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('losses.json'))
   arguments = parser.parse_args()
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 2)
