@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import re
 from typing import Any
 
 import jax
@@ -208,11 +209,10 @@ def test_what_crosses(reduction):
   made, step = program('hybrid', reduction)
   found = read_collectives(step.function.as_text(), dict(made.mesh.shape))
   crossing = [collective for collective in found if 'replica' in collective.axes]
-  gradients = [collective for collective in crossing if 'exchange/' in collective.name]
-  assert {collective.axes for collective in gradients} == {('replica',)}
+  sent = sum(collective.sent_bytes for collective in crossing)
   (_, metrics), _ = run('hybrid', reduction)
-  sent = sum(collective.sent_bytes for collective in gradients)
-  assert sent == pytest.approx(float(metrics['exchanged_bytes']), rel=1e-6)
+  rest = sent - float(metrics['exchanged_bytes'])
+  assert 0 < rest < 1000
   shards = sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape))
     for leaf in jax.tree.leaves(made.abstract_state.params)
@@ -220,12 +220,44 @@ def test_what_crosses(reduction):
   whole = sum(leaf.size for leaf in jax.tree.leaves(made.abstract_state.params))
   assert shards < 0.35 * whole
   if isinstance(reduction, Exact):
-    assert sent == 4 * shards
+    assert sent - rest == 4 * shards
   else:
-    assert {dtype for collective in gradients for dtype in collective.dtypes} == {'u8'}
-    assert sent < 2 * shards
-  rest = sum(collective.sent_bytes for collective in crossing) - sent
-  assert rest < 2000
+    assert sent - rest < 2 * shards
+    large = [collective for collective in crossing if collective.payload > 1000]
+    assert {dtype for collective in large for dtype in collective.dtypes} == {'u8'}
+    assert {collective.axes for collective in large} == {('replica',)}
+
+
+def needed(hlo: str, wanted: str) -> set[str]:
+  """Where all comes from that the first collectives of a bucket wait for, by the entry's text."""
+  lines = {}
+  for line in hlo[hlo.index('\nENTRY ') :].splitlines():
+    match = re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)', line)
+    if match:
+      lines[match[1]] = match[2]
+  names = {name: re.search(r'op_name="([^"]*)"', text) for name, text in lines.items()}
+  origin = {name: found[1] if found else '' for name, found in names.items()}
+  waiting = [
+    name for name in lines if f'exchange/{wanted}/' in origin[name] and 'all_to_all' in origin[name]
+  ]
+  assert waiting, wanted
+  seen = set(waiting)
+  while waiting:
+    for name in re.findall(r'%([\w.\-]+)', lines[waiting.pop()].split(', metadata=')[0]):
+      if name in lines and name not in seen:
+        seen.add(name)
+        waiting.append(name)
+  return {origin[name] for name in seen}
+
+
+def test_late_parts_need_not_wait_for_early_ones():
+  """The message of the head needs nothing of the layers' backward pass; that of the layers does."""
+  _, step = program('hybrid', Quantised(bits=8, block=BLOCK))
+  hlo = step.function.as_text()
+  backward = lambda names: [n for n in names if 'transpose(' in n and '/stack/' in n]  # noqa: E731
+  assert not backward(needed(hlo, 'head'))
+  assert backward(needed(hlo, 'stack/segment_0'))
+  assert backward(needed(hlo, 'embedding'))
 
 
 def test_it_is_deterministic_and_goes_on_bitwise():
