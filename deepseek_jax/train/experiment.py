@@ -16,6 +16,7 @@ from deepseek_jax.models.deepseek_v4 import DeepSeekV4
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import ProportionalBias, SignBias
+from deepseek_jax.optim.compression import DiLoCo, Exact, Quantised
 from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
@@ -26,6 +27,7 @@ from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.init_from import InitFrom
 from deepseek_jax.train.objective import NextToken
 from deepseek_jax.train.placement import Rebalance, check_placement, expert_devices
+from deepseek_jax.train.replicas import check_replicas
 from deepseek_jax.train.snapshot import Snapshot
 
 
@@ -79,6 +81,8 @@ class Experiment:
       None to leave them where they are.
     guard: which steps are skipped, and when the run stops for it; None takes every step.
     ema: averaged weights that are kept beside the weights, or None.
+    reduction: how gradients of replicas (slices joined by a slow network) are added up; None leaves
+      it to the compiler, as one sum over the whole batch.
     microbatches: equal parts of a batch that are run one after the other; gradients are summed.
     remat: what the backward pass recomputes, or None to remember everything.
     precision: compute dtype; parameters stay float32.
@@ -103,6 +107,7 @@ class Experiment:
   placement: Rebalance | None = None
   guard: Guard | None = Guard()
   ema: EMA | None = None
+  reduction: Exact | Quantised | DiLoCo | None = None
   microbatches: int = 1
   remat: EveryLayer | SquareRoot | Save | Compressed | None = None
   precision: Precision = Float32()
@@ -186,6 +191,11 @@ class Experiment:
         errors.append(
           'feed_forward.breaker counts on a guard to skip the step of a fault; guard is None'
         )
+      if isinstance(self.reduction, DiLoCo) and (moe.growth or moe.breaker):
+        errors.append(
+          'reduction is DiLoCo, whose replicas have weights of their own between exchanges; '
+          'experts that come and go (feed_forward.growth, .breaker) are made anew in common ones'
+        )
       if moe.growth is not None:
         try:
           moe.growth.stages(moe.experts, moe.top_k, self.train_steps)
@@ -246,6 +256,8 @@ class Experiment:
         f'data.batch_size {self.data.batch_size} gives {rows} rows{each}, not divisible by the '
         f'{row_shards} devices that share the batch (rules.batch {self.rules.batch})'
       )
+    if self.reduction is not None:
+      errors += check_replicas(self.rules)
     if self.data.length % token_shards:
       errors.append(
         f'data.length is {self.data.length}, not divisible by the {token_shards} devices that '

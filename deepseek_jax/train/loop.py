@@ -26,6 +26,7 @@ from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.faults import FaultLog
 from deepseek_jax.train.initialise import Origin, open_origin
 from deepseek_jax.train.interrupt import Stop
+from deepseek_jax.train.link import Link, agreed, open_link, with_interval
 from deepseek_jax.train.metrics import MetricWriter
 from deepseek_jax.train.placement import expert_devices, rebalance
 from deepseek_jax.train.restart import Restart, find_restart
@@ -72,6 +73,7 @@ class _Run:
   team: Team
   snapshots: Snapshots | None
   clock: Clock
+  link: Link | None
   step_flops: np.ndarray
   peak_flops: float
   sample: Sampler | None
@@ -149,6 +151,7 @@ def train(
       team=team,
       snapshots=snapshots,
       clock=Clock(data_spec.batch_size * data_spec.length),
+      link=open_link(experiment),
       step_flops=step_flops(experiment, experiment_weights(program)),
       peak_flops=peak * len(program.mesh.devices.flat),
       sample=None if sample is None else sample(program, data),
@@ -198,6 +201,7 @@ def _loop(
     metrics['host_seconds'] = host_seconds
     _finish(run, pending)
     pending = _Pending(done, metrics, np.asarray(rows.documents))
+    state = _adapt(run, state, done)
     if run.snapshots is not None and _due(done, run.snapshots.every):
       run.snapshots.save(done, state)
     placement = run.experiment.placement
@@ -236,6 +240,16 @@ def _loop(
   if run.snapshots is not None:
     run.snapshots.clear()
   return Outcome(total, None, evaluation)
+
+
+def _adapt(run: _Run, state: TrainState, step: int) -> TrainState:
+  """Lets replicas meet more or less often, where that is by measured seconds."""
+  measured = None if run.link is None else run.link.take()
+  if measured is None:
+    return state
+  measured = agreed(measured)
+  run.writer.display.message(f'step {step}  {measured}')
+  return with_interval(state, measured.steps)
 
 
 def _place(run: _Run, state: TrainState, step: int) -> TrainState:
@@ -284,6 +298,8 @@ def _finish(run: _Run, pending: _Pending | None) -> None:
   step, metrics, documents = pending
   jax.block_until_ready(metrics['loss'])
   run.clock.tick(step)
+  if run.link is not None:
+    run.link.tick(run.clock.last_seconds, exchanged=float(metrics['exchanged_bytes']) > 0)
   run.faults.read(step, metrics, documents)
   if step == 1 or step == run.experiment.train_steps or _due(step, run.experiment.cadence.log):
     run.writer.write(step, _numbers(run, step, jax.device_get(metrics)))

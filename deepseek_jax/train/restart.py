@@ -55,6 +55,6 @@ def find_restart(
     restore = functools.partial(snapshots.restore, newer, program.abstract_state)
     return Restart(newer, f'going on after step {newer}, from snapshots …', restore)
   if saved:
-    restore = functools.partial(resume_state, program, checkpoints, saved)
+    restore = functools.partial(resume_state, program, checkpoints, saved, display.message)
     return Restart(saved, f'going on after step {saved} …', restore)
   return Restart(0, 'compiling the training step …', None)
