@@ -231,7 +231,8 @@ def make_gradients(experiment: Experiment, decoder: Decoder) -> Callable[..., An
     noise = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
 
     def loss(params: Any, taps: Any, part: Batch, key: jax.Array):
-      context = batch_context(part, experiment.rules, state.step, key)
+      parallel = experiment.context_parallel
+      context = batch_context(part, experiment.rules, state.step, key, parallel)
       variables = {'params': params, 'buffers': with_taps(state.buffers, taps)}
       chunk = experiment.objective.chunk
       return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
@@ -302,7 +303,8 @@ def make_evaluate(experiment: Experiment, decoder: Decoder) -> Callable[..., Met
   """Returns the pure evaluation of one batch [B, T]: summed nats and targets."""
 
   def evaluate(params: Any, buffers: Any, batch: Batch) -> Metrics:
-    context = batch_context(batch, experiment.rules)
+    parallel = experiment.context_parallel
+    context = batch_context(batch, experiment.rules, parallel=parallel)
     variables = {'params': params, 'buffers': buffers}
     return evaluation_sums(decoder, variables, batch, context, experiment.objective.chunk)
 

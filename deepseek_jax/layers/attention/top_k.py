@@ -16,7 +16,9 @@ from deepseek_jax.layers.attention.latent import (
   LatentCache,
   empty_latent_cache,
 )
+from deepseek_jax.layers.attention.spread import choose_spread
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.attention.select import select_nearest
 
@@ -57,6 +59,11 @@ class TopK(Latent):
     choice = 2 * (self.latent + self.rope_dim) * (length + 1) / 2
     return choice + per_pair * self.visible_tokens(length)
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns nothing: keys come from everywhere, and positions say which are seen."""
+    del tokens, order
+    return []
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> LatentCache:
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     del spare  # A later token is not seen, and is written over when its position comes again.
@@ -94,7 +101,14 @@ class TopKAttention(ChosenAttention):
     whole = jnp.concatenate([inner, jnp.sum(rope, axis=2)], axis=-1)
     rows = jnp.concatenate(key, axis=-1).astype(x.dtype)
     top_k = min(c.top_k, rows.shape[1])
-    found = select_nearest(whole, rows, seen, top_k, ordered=cache is None)
+    if cache is None:
+
+      def select(whole, rows, seen, ordered):
+        return select_nearest(whole, rows, seen, top_k, ordered=ordered)
+
+      found = choose_spread(select, whole, rows, seen, context)
+    else:
+      found = select_nearest(whole, rows, seen, top_k)
     matrices = up, self.output_matrix(x.shape[-1], x.dtype)
     y, _ = self.mix_chosen(query, key, matrices, Chosen((found,)), context)
     return y, cache
