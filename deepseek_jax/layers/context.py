@@ -97,14 +97,14 @@ class Context:
   def between_layouts(self, x: jax.Array) -> jax.Array:
     """Lays out embeddings [B, T, D] half way from how they are looked up to where tokens lie.
 
-    Where the table's channels lie along the axes of rows and of tokens, the compiler finds a way
-    for one of the two at a time; for both at once it makes all embeddings whole on every device.
+    Where the table's channels lie along axes of rows and of tokens, the compiler finds a way for
+    one of the two at a time; for both at once it makes all embeddings whole on every device.
     """
-    axes = self.sequence_axes
-    if not axes:
+    axes, embed = self.sequence_axes, self.rules.embed
+    rest = tuple(axis for axis in embed if axis not in axes)
+    if not rest or len(rest) == len(embed):
       return x
-    rest = tuple(axis for axis in self.rules.embed if axis not in self.rules.seq)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, axes, rest or None))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, axes, rest))
 
   @property
   def real(self) -> jax.Array:

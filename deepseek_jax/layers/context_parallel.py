@@ -122,21 +122,45 @@ class Partitioned:
 ContextParallel = Ring | AllGather | Partitioned
 
 
-def pairs_per_device(
+def count_pairs(
   positions: np.ndarray, segments: np.ndarray, order: Order, devices: int
 ) -> np.ndarray:
-  """Counts the pairs of a token and one that it sees, by the device of the former.
+  """Counts the pairs of a token and one that it sees, by the devices that hold the two.
 
   Args:
-    positions: [B, T] int place of each token in its segment.
+    positions: [B, T] int place of each token in its segment, in the order of the row.
     segments: [B, T] int; 0 is padding, which sees nothing.
     order: which tokens a device holds.
     devices: devices that share a row.
 
   Returns:
-    [devices] int64.
+    [devices of the queries, devices of the keys] int64.
   """
-  seen = np.where(np.asarray(segments) > 0, np.asarray(positions, np.int64) + 1, 0)
+  positions = np.asarray(positions, np.int64)
+  place = np.arange(positions.shape[1])
+  end = np.where(np.asarray(segments) > 0, place + 1, 0)
+  begin = place - positions
   chunks = order.chunks(devices)
-  by_chunk = seen.reshape(len(seen), len(chunks), -1).sum(axis=(0, 2))
-  return by_chunk[chunks].reshape(devices, -1).sum(axis=1)
+  size, owner = len(place) // len(chunks), np.argsort(chunks) // (len(chunks) // devices)
+  pairs = np.zeros((devices, devices), np.int64)
+  for chunk, device in enumerate(owner):
+    # A token sees a stretch of the row: what of it lies in this chunk.
+    seen = np.minimum(end, (chunk + 1) * size) - np.maximum(begin, chunk * size)
+    by_chunk = np.maximum(seen, 0).reshape(len(seen), len(chunks), size).sum(axis=(0, 2))
+    np.add.at(pairs[:, device], owner, by_chunk)
+  return pairs
+
+
+def imbalance(pairs: np.ndarray) -> tuple[float, float]:
+  """Returns how uneven the work is: the most of a device over the mean.
+
+  Args:
+    pairs: [devices, devices] from `count_pairs`.
+
+  Returns:
+    Of all work; and of a ring, where all wait for the busiest after every step.
+  """
+  devices, mean = len(pairs), pairs.sum() / len(pairs)
+  own = np.arange(devices)
+  steps = [pairs[own, (own - step) % devices].max() for step in range(devices)]
+  return float(pairs.sum(axis=1).max() / mean), float(sum(steps) / mean)

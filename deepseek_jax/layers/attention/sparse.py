@@ -358,6 +358,8 @@ class SparseAttention(ChosenAttention):
       lists = select_top_k(q, index.key, w, part, min(c.top_k, length))
     else:
       lists = chosen.indices[0][:, rows // chosen.block]
+      places = jnp.asarray(context.places(np.arange(length)), jnp.int32)
+      lists = jnp.where(lists >= 0, places[lists], -1)
     mask = visible(*part)
     found = membership(lists, length) & mask
     attention = summed_attention(c, target, seen, jnp.asarray(rows))

@@ -11,8 +11,8 @@ import jax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.layers.attention.shards import own_parts
-from deepseek_jax.layers.context import Context
-from deepseek_jax.layers.context_parallel import Partitioned
+from deepseek_jax.layers.context import Context, sequence_devices
+from deepseek_jax.layers.context_parallel import Partitioned, restore
 from deepseek_jax.ops.attention.blocks import Window
 from deepseek_jax.ops.attention.neighbours import attend_window
 from deepseek_jax.ops.attention.reference import Seen
@@ -72,8 +72,9 @@ def with_all_keys(
 ) -> Any:
   """Runs a function of some tokens and of keys of the whole row, on each device for its tokens.
 
-  Keys are gathered; their gradients are summed where they came from. Rows and heads stay with the
-  compiler, or with whatever the function calls.
+  Keys are gathered, and put in the order of the row, so that numbers of keys, and which of two that
+  tie comes first, are those of one device; their gradients are summed where they came from. Rows
+  and heads stay with the compiler, or with whatever the function calls.
 
   Args:
     function: (own, keys, shared) -> arrays [B, T, …].
@@ -89,9 +90,13 @@ def with_all_keys(
   axes = context.sequence_axes if axes is None else axes
   if not axes:
     return function(own, keys, shared)
-  return over_sequence(lambda own, keys, shared: function(own, gather(keys, axes), shared), axes)(
-    own, keys, shared
-  )
+  order, devices = context.parallel.order, sequence_devices(context.rules)
+
+  def run(own, keys, shared):
+    keys = jax.tree.map(lambda x: restore(x, order, devices), gather(keys, axes))
+    return function(own, keys, shared)
+
+  return over_sequence(run, axes)(own, keys, shared)
 
 
 def over_sequence(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
@@ -138,7 +143,7 @@ def choose_spread(
     context: facts about the tokens.
 
   Returns:
-    [B, T, k] int32: numbers of keys of the row, in the order that devices hold them in.
+    [B, T, k] int32: numbers of keys in the order of the row.
   """
   ordered = not context.sequence_axes
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import (
   tiny_dsa,
@@ -21,13 +21,10 @@ from configs import (
   tiny_v4,
   tiny_window,
 )
-from deepseek_jax.layers.attention.interface import SharesRows
 from deepseek_jax.layers.attention.sparse import Shared, WarmUp
 from deepseek_jax.layers.context import Context, packed_context
 from deepseek_jax.layers.context_parallel import (
   AllGather,
-  Contiguous,
-  Partitioned,
   Ring,
   ZigZag,
   arrange,
@@ -35,7 +32,6 @@ from deepseek_jax.layers.context_parallel import (
 )
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
 from deepseek_jax.sharding.presets import CONTEXT
-from deepseek_jax.sharding.rules import Rules
 
 WIDTH, LENGTH = 32, 64
 LENGTHS = ([64], [9, 23, 30], [1, 2, 40, 5], [33, 31])
@@ -56,7 +52,7 @@ KINDS = {
   'window': lambda: attention_of(tiny_window, size=7, sinks=3),
   # A window that reaches over several devices.
   'far_window': lambda: attention_of(tiny_window, size=40, sinks=2),
-  'no_sinks': lambda: attention_of(tiny_window, size=1, sinks=0),
+  'no_sinks': lambda: attention_of(tiny_window, size=2, sinks=0),
   'dsa': lambda: attention_of(tiny_dsa, top_k=9),
   'warm_up': lambda: attention_of(tiny_dsa, stage=WarmUp()),
   'shared': lambda: attention_of(tiny_dsa, top_k=9, sharing=Shared(block=8, window=5)),
@@ -90,41 +86,37 @@ def example(kind: str):
   return module, jax.tree.unflatten(tree, leaves), x, grad
 
 
-def value_and_gradients(kind, context: Context):
-  """Output, the module's own losses, and gradients of weights and input."""
-  module, params, x, grad = example(kind)
-  order, devices = context.parallel.order, context.tokens.shape[1] // 1
-  del order, devices
+def run(kind, context: Context, x: jax.Array, grad: jax.Array):
+  """Outputs, the module's own losses, what it observes, and gradients of weights and input."""
+  module, params, _, _ = example(kind)
 
-  def loss(params, x, context):
-    y, reported = module.apply({'params': params}, x, context, mutable=['losses', 'observed'])
-    y = y[0] * context.real[..., None]
-    own = sum(jax.tree.leaves(reported.get('losses', {})), jnp.float32(0))
-    return jnp.sum(y * lay(grad, context)) + own, (y, own, reported.get('observed', {}))
+  @jax.jit
+  def both(params, x, grad, context):
+    def loss(params, x):
+      y, reported = module.apply({'params': params}, x, context, mutable=['losses', 'observed'])
+      y = y[0] * context.real[..., None]
+      own = sum(jax.tree.leaves(reported.get('losses', {})), jnp.float32(0))
+      return jnp.sum(y * grad) + own, (y, own, reported.get('observed', {}))
 
-  def lay(x, context):
-    mesh = jax.sharding.get_abstract_mesh()
-    shards = 1 if mesh.empty else mesh.shape['seq']
-    return arrange(x, context.parallel.order, shards)
+    grads, facts = jax.grad(loss, argnums=(0, 1), has_aux=True)(params, x)
+    return grads, facts
 
-  run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
-  return run, (params, x), lay
+  (to_params, to_x), (y, own, observed) = both(params, x, grad, context)
+  tokens = {'input': to_x, 'output': y}
+  return tokens, {'weights': to_params, 'loss': own, 'observed': observed}
 
 
+@functools.cache
 def alone(kind):
-  run, (params, x), _ = value_and_gradients(kind, packed_context(LENGTHS, LENGTH))
-  return run(params, x, packed_context(LENGTHS, LENGTH))
-
-
-alone = functools.cache(alone)
+  """On one device."""
+  return run(kind, packed_context(LENGTHS, LENGTH), *example(kind)[2:])
 
 
 def shared(kind, parallel, mesh_config, rules=CONTEXT):
-  """The same on a mesh, put back in the order of the row."""
-  mesh = make_mesh(mesh_config, jax.devices()[: np.prod(list(mesh_config.sizes(8).values()))])
-  devices = mesh.shape['seq']
-  plain = packed_context(LENGTHS, LENGTH)
-  lay = functools.partial(arrange, order=parallel.order, devices=devices)
+  """On a mesh, put back in the order of the row."""
+  mesh, plain = make_mesh(mesh_config), packed_context(LENGTHS, LENGTH)
+  facts = {'order': parallel.order, 'devices': mesh.shape['seq']}
+  lay = functools.partial(arrange, **facts)
   context = Context(
     tokens=lay(plain.tokens),
     positions=lay(plain.positions),
@@ -132,20 +124,15 @@ def shared(kind, parallel, mesh_config, rules=CONTEXT):
     rules=rules,
     parallel=parallel,
   )
-  run, (params, x), _ = value_and_gradients(kind, context)
   with jax.set_mesh(mesh):
-    x = jax.device_put(lay(x), NamedSharding(mesh, rules.spec(('batch', 'seq', None))))
-    (total, (y, own, observed)), (to_params, to_x) = run(params, x, context)
-  back = functools.partial(restore, order=parallel.order, devices=devices)
-  y, to_x = (back(jax.device_get(a)) for a in (y, to_x))
-  return (total, (y, own, observed)), (to_params, to_x)
+    where = NamedSharding(mesh, rules.spec(('batch', 'seq', None)))
+    tokens, rest = run(kind, context, *(jax.device_put(lay(x), where) for x in example(kind)[2:]))
+  return {name: restore(np.asarray(x), **facts) for name, x in tokens.items()}, rest
 
 
 def assert_same(found, expected):
   """Every array within 1e-5 of the largest entry of its like."""
-  pairs = zip(
-    jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-  )
+  pairs = zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True)
   for (path, a), b in pairs:
     limit = 1e-5 * max(np.abs(b).max(), 1e-3)
     np.testing.assert_allclose(a, b, atol=limit, rtol=0, err_msg=jax.tree_util.keystr(path))
@@ -162,3 +149,48 @@ CASES = [
 def test_sharing_changes_nothing(kind, parallel, mesh):
   """Outputs, losses, what is observed, and gradients of every weight and of the input."""
   assert_same(shared(kind, parallel, mesh), alone(kind))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('kind', 'parallel'), [('mla', ZIGZAG), ('dsa', RING), ('csa', RING)])
+def test_inside_of_another_axis(kind, parallel):
+  """Where `stage` is dealt with outside, as in a pipeline, each of its devices has rows to share."""
+  module, params, x, grad = example(kind)
+  mesh, plain = make_mesh(MeshConfig(stage=2, seq=4)), packed_context(LENGTHS, LENGTH)
+  facts = {'order': parallel.order, 'devices': 4}
+  lay = functools.partial(arrange, **facts)
+
+  def one(params, x):
+    parts = (lay(part) for part in (plain.tokens, plain.positions, plain.segments))
+    context = Context(*parts, rules=CONTEXT, parallel=parallel)
+    y = module.apply({'params': params}, x[0], context, mutable=['losses'])[0][0]
+    return (y * context.real[..., None])[None]
+
+  @jax.jit
+  def both(params, x, grad):
+    stages = PartitionSpec('stage')
+    run = jax.shard_map(
+      one,
+      in_specs=(PartitionSpec(), stages),
+      out_specs=stages,
+      axis_names={'stage'},
+      check_vma=False,
+    )
+    y, pull = jax.vjp(run, params, x)
+    return y, pull(grad)
+
+  with jax.set_mesh(mesh):
+    pair = (jnp.stack([lay(a), 2 * lay(a)]) for a in (x, grad))
+    y, (to_params, to_x) = jax.device_get(both(params, *pair))
+
+  def expected(params, x):
+    y = module.apply({'params': params}, x, plain, mutable=['losses'])[0][0]
+    return y * plain.real[..., None]
+
+  total = jax.tree.map(jnp.zeros_like, params)
+  for stage, factor in enumerate((1, 2)):
+    want, pull = jax.vjp(expected, params, factor * x)
+    weights, to_input = pull(factor * grad)
+    total = jax.tree.map(jnp.add, total, weights)
+    assert_same((restore(y[stage], **facts), restore(to_x[stage], **facts)), (want, to_input))
+  assert_same(to_params, total)
