@@ -75,9 +75,15 @@ def _received(shapes: str, kind: str, line: str) -> int:
 
 
 def _group(line: str) -> int:
-  """Returns how many devices take part together."""
+  """Returns how many devices take part together; groups are written in one of three ways."""
+  mesh = re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', line)
+  if mesh is not None:
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", mesh.group(2)))
   found = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
   if found is not None:
     return int(found.group(1))
   found = re.search(r'replica_groups=\{\{([\d,]*)\}', line)
-  return 1 if found is None else len(found.group(1).split(','))
+  if found is None:
+    raise ValueError(f'no groups of devices in: {line.strip()[:200]}')
+  return len(found.group(1).split(','))

@@ -84,6 +84,13 @@ class Context:
       return ()
     return axes
 
+  @property
+  def row_axes(self) -> tuple[str, ...]:
+    """Mesh axes that share the B rows; none that are dealt with, or do not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in self.rules.batch if axis in mesh.auto_axes)
+    return axes if self.tokens.shape[0] % shard_count(axes, dict(mesh.shape)) == 0 else ()
+
   def tokens_ahead(self, places: int) -> jax.Array:
     """Returns the token `places` after each one in its row, [B, T] int32; 0 beyond the end."""
     return in_order(shift_left, self.tokens, places, rules=self.rules, parallel=self.parallel)

@@ -37,7 +37,7 @@ def cross_entropy(
   def loss(hidden, head, targets, weights):
     return chunked_cross_entropy(hidden, head, targets, weights, chunk)[None]
 
-  outs = PartitionSpec(context.sequence_axes or None)
+  outs = PartitionSpec((*context.row_axes, *context.sequence_axes) or None)
   # Summed out here: the gradient of a sum inside would be summed over the devices once more.
   return jnp.sum(_on_own_tokens(loss, outs, context)(hidden, head, targets, weights))
 
@@ -65,22 +65,24 @@ def choice(
     total, chosen = chunked_choice(hidden, head, targets, weights, chunk)
     return total[None], chosen
 
-  axes = context.sequence_axes or None
-  outs = PartitionSpec(axes), PartitionSpec(None, axes)
+  rows, axes = context.row_axes, context.sequence_axes
+  outs = PartitionSpec((*rows, *axes) or None), PartitionSpec(rows or None, axes or None)
   total, chosen = _on_own_tokens(choose, outs, context)(hidden, head, targets, weights)
   return jnp.sum(total), chosen
 
 
 def _on_own_tokens(function: Callable[..., Any], outs: Any, context: Context) -> Any:
   """Maps a function of hidden states, head, targets and weights over the devices of a row."""
-  axes = context.sequence_axes
+  rows, axes = context.row_axes, context.sequence_axes
   if not axes:
     return function
-  tokens = PartitionSpec(None, axes)
+  # Rows too: the compiler cannot partition the choice of the targets' logits for rows and
+  # vocabulary at once where a third axis is dealt with.
+  tokens = PartitionSpec(rows or None, axes)
   return jax.shard_map(
     function,
     in_specs=(tokens, PartitionSpec(), tokens, tokens),
     out_specs=outs,
-    axis_names=set(axes),
+    axis_names={*rows, *axes},
     check_vma=False,
   )

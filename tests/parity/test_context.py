@@ -280,7 +280,7 @@ def test_command_line():
   """The preset, the axis and the form in the grammar of overrides."""
   changes = {
     'rules': 'CONTEXT',
-    'mesh.seq': '4',
+    'mesh.seq': 4,
     'context_parallel': 'AllGather(order=ZigZag())',
   }
   changed, _ = override(tiny_mla.get_config(), changes)

@@ -9,7 +9,13 @@ from jax import lax
 
 from deepseek_jax.layers.attention.latent import Latent, LatentAttention, Queries, expand_latents
 from deepseek_jax.layers.attention.shards import attend_chosen_sharded
-from deepseek_jax.layers.attention.spread import key_facts, query_facts, seen_of, with_all_keys
+from deepseek_jax.layers.attention.spread import (
+  Whole,
+  key_facts,
+  query_facts,
+  seen_of,
+  with_all_keys,
+)
 from deepseek_jax.layers.context import Context
 from deepseek_jax.ops.attention.blocks import Extras
 from deepseek_jax.ops.attention.gathered import KeySets
@@ -75,10 +81,11 @@ class ChosenAttention(LatentAttention):
     own = query.source, query.positions, chosen.indices, None if seen is None else query_facts(seen)
     keys = key, bias, None if seen is None else key_facts(seen)
 
-    def mix(own, keys, shared):
+    def mix(own, keys, whole):
       source, positions, indices, facts = own
       key, bias, facts_of_keys = keys
-      query, matrices = Queries(source, shared[0], positions), shared[1]
+      matrix, matrices = whole.weights
+      query = Queries(source, matrix, positions)
       seen = None if facts is None else seen_of(facts, facts_of_keys)
       attend = functools.partial(
         attend_chosen_sharded,
@@ -89,7 +96,7 @@ class ChosenAttention(LatentAttention):
       )
       return _mix_parts(c, query, key, matrices, Chosen(indices, chosen.block, seen), attend)
 
-    return with_all_keys(mix, own, keys, (query.matrix, matrices), context)
+    return with_all_keys(mix, own, keys, Whole((query.matrix, matrices)), context)
 
 
 def _mix_parts(c: Latent, query: Queries, key, matrices, chosen: Chosen, attend):

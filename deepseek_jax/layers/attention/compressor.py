@@ -12,7 +12,7 @@ from flax import struct
 
 from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.attention.spread import over_sequence
+from deepseek_jax.layers.attention.spread import Whole, over_sequence
 from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
@@ -115,7 +115,7 @@ class Compressor(nn.Module):
     earlier = self.blocks * self.ratio - 1
     if past is None:
       facts = Facts(positions, segments)
-      entries = pool_spread(pool, (values, gates), facts, earlier, context.sequence_axes)
+      entries = pool_spread(pool, (values, gates), facts, earlier, context)
       return entries._replace(rows=self._finish(entries).astype(x.dtype)), None
     old_values, before = ring.before(past.values, positions, earlier)
     old_gates, _ = ring.before(past.gates, positions, earlier)
@@ -162,7 +162,7 @@ def pool_spread(
   tokens: tuple[jax.Array, jax.Array],
   facts: Facts,
   earlier: int,
-  axes: tuple[str, ...],
+  context: Context,
 ) -> Keys:
   """Pools the blocks that end on each device, to which the tokens come that these begin with.
 
@@ -171,17 +171,18 @@ def pool_spread(
     tokens: values and gates [B, T, C or 2C].
     facts: of the tokens.
     earlier: tokens before its last that an entry may be made of.
-    axes: mesh axes that share the row.
+    context: says how devices share the row.
 
   Returns:
     Entries [B, N, C] of all devices, one after the other.
   """
+  axes = context.sequence_axes
   if not axes:
     return pool(*tokens, *facts)
 
-  def own(tokens, facts, shared):
-    del shared
+  def own(tokens, facts, whole):
+    del whole
     tokens, facts = with_tokens_before(tokens, facts, earlier, axes)
     return pool(*tokens, *facts, first=earlier)
 
-  return over_sequence(own, axes)(tokens, facts, ())
+  return over_sequence(own, context, axes)(tokens, facts, Whole())

@@ -30,7 +30,7 @@ from deepseek_jax.layers.attention.shared_window import (
   own_axes,
   with_window,
 )
-from deepseek_jax.layers.attention.spread import choose_spread, with_all_keys
+from deepseek_jax.layers.attention.spread import Whole, choose_spread, with_all_keys
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.attention.blocks import Extras
@@ -178,7 +178,7 @@ class CSAttention(SharedAttention):
     """
     c, axes = self.config, own_axes(tokens, context)
 
-    def mix(own, entries, sinks):
+    def mix(own, entries, whole):
       query, positions, segments, tokens, indices = own
       tokens = with_window(tokens, c.window, axes)
       near = window_slots(positions, segments, tokens, c.window)
@@ -190,12 +190,12 @@ class CSAttention(SharedAttention):
         KeySets(jnp.concatenate([near, far], axis=-1)),
         context.rules,
         scale=c.head_dim**-0.5,
-        extras=Extras(sinks=sinks),
+        extras=Extras(sinks=whole.weights),
         mass=mass,
       )
 
     own = query, context.positions, context.segments, tokens, indices
-    found = with_all_keys(mix, own, entries.rows, sinks, context, axes)
+    found = with_all_keys(mix, own, entries.rows, Whole(sinks), context, axes)
     weights = None if found.mass is None else found.mass[..., c.window :]
     return self.turn_back(found.out, context), weights
 
@@ -246,10 +246,10 @@ def index_gap(scorer: Index, indices: jax.Array, mass: jax.Array, context: Conte
     context: facts about the T tokens.
   """
 
-  def gap(own, key, shared):
-    del shared
+  def gap(own, key, whole):
+    del whole
     query, weights, indices, mass = own
     return selected_divergence(query, key, weights, KeySets(indices), mass)
 
   own = scorer.query, scorer.weights, indices, mass
-  return with_all_keys(gap, own, scorer.key, (), context)
+  return with_all_keys(gap, own, scorer.key, Whole(), context)

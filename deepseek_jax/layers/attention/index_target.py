@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from deepseek_jax.layers.attention.chosen import Chosen
 from deepseek_jax.layers.attention.indexer import Index
 from deepseek_jax.layers.attention.latent import Latent, Queries
-from deepseek_jax.layers.attention.spread import key_facts, query_facts, seen_of, with_all_keys
+from deepseek_jax.layers.attention.spread import (
+  Whole,
+  key_facts,
+  query_facts,
+  seen_of,
+  with_all_keys,
+)
 from deepseek_jax.layers.context import Context
 from deepseek_jax.ops.attention.divergence import selected_divergence, whole_divergence
 from deepseek_jax.ops.attention.gathered import KeySets
@@ -54,20 +60,21 @@ def index_divergence(
   if chosen is not None and mass is not None:
     block, hidden = chosen.block, chosen.seen is not None
 
-    def selected(own, keys, shared):
-      del shared
+    def selected(own, keys, everywhere):
+      del everywhere
       (scorers, weights), mass, indices, facts = own
       sets = KeySets(indices, block, seen_of(facts, keys[1]) if hidden else None)
       return selected_divergence(scorers, keys[0], weights, sets, mass)
 
     own = of_queries, mass, chosen.indices[0], facts
-    return with_all_keys(selected, own, (index.key, facts_of_keys), (), context)
+    return with_all_keys(selected, own, (index.key, facts_of_keys), Whole(), context)
 
-  def whole(own, keys, shared):
+  def whole(own, keys, everywhere):
     (scorers, weights), source, positions, facts = own
     index_key, key, facts_of_keys = keys
     seen = seen_of(facts, facts_of_keys)
-    part = Attended(Queries(source, shared[0], positions), key, shared[1])
+    matrix, up_key = everywhere.weights
+    part = Attended(Queries(source, matrix, positions), key, up_key)
 
     def attention(rows: jax.Array) -> jax.Array:
       return summed_attention(config, part, seen, rows)
@@ -76,7 +83,7 @@ def index_divergence(
 
   own = of_queries, query.source, query.positions, facts
   keys = index.key, target.key, facts_of_keys
-  return with_all_keys(whole, own, keys, (query.matrix, target.up_key), context)
+  return with_all_keys(whole, own, keys, Whole((query.matrix, target.up_key)), context)
 
 
 def summed_attention(config: Latent, target: Attended, seen: Seen, rows: jax.Array) -> jax.Array:

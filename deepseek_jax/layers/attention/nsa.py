@@ -22,7 +22,7 @@ from deepseek_jax.layers.attention.mha import (
 from deepseek_jax.layers.attention.nsa_blocks import Pairs, attend_to_blocks, choose_blocks
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shards import attend_sharded
-from deepseek_jax.layers.attention.spread import over_sequence, with_all_keys
+from deepseek_jax.layers.attention.spread import Whole, over_sequence, with_all_keys
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.weights import Met, vector, weight
@@ -191,12 +191,12 @@ class NativeSparseAttention(HeadAttention):
     own = context.positions, None if cache is not None else context.segments
     axes = None if cache is None else ()
 
-    def to_entries(queries, entries, shared):
-      del shared
+    def to_entries(queries, entries, whole):
+      del whole
       return attend_pairs(queries[0], entries, queries[1], context.rules)
 
     with jax.named_scope('compressed'):
-      mixed = gates[0] * with_all_keys(to_entries, (query, own), entries, (), context, axes)
+      mixed = gates[0] * with_all_keys(to_entries, (query, own), entries, Whole(), context, axes)
     with jax.named_scope('selected'):
       choice = choose_blocks(c, query, entries, spans, selected, context)
       mixed += gates[1] * attend_to_blocks(c, query, selected, choice, context, axes)
@@ -338,12 +338,12 @@ def pick_spans(
     spans = find_spans(*facts, length, stride)
     return tokens_of(spans, tokens, length), spans
 
-  def own(tokens, facts, shared):
-    del shared
+  def own(tokens, facts, whole):
+    del whole
     first = jax.lax.axis_index(axes) * tokens.shape[1] - (length - 1)
     tokens, facts = with_tokens_before(tokens, facts, length - 1, axes)
     spans = find_spans(*facts, length, stride, first=length - 1)
     last = jnp.where(spans.positions < 0, 0, spans.last + first)
     return tokens_of(spans, tokens, length), spans._replace(last=last)
 
-  return over_sequence(own, axes)(tokens, facts, ())
+  return over_sequence(own, context, axes)(tokens, facts, Whole())

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.layers.attention.shards import attend_groups_sharded
-from deepseek_jax.layers.attention.spread import with_all_keys
+from deepseek_jax.layers.attention.spread import Whole, with_all_keys
 from deepseek_jax.layers.context import Context
 from deepseek_jax.ops.attention.pieces import cut, joined
 from deepseek_jax.ops.attention.reference import Seen
@@ -88,10 +88,10 @@ def choose_blocks(
   shares = overlaps(spans, c.span, blocks, c.block, keys) / c.span
   first = (blocks.positions >= 0) & (blocks.positions < c.initial * c.block)
 
-  def rank(own, keys, shared):
+  def rank(own, keys, whole):
     query, positions, near, segments = own
     key, facts, shares = keys
-    blocks, first = shared
+    blocks, first = whole.tables
     seen = Seen(positions, facts[0], segments, facts[1])
     earlier = Seen(near - 1, blocks[0], segments, None if segments is None else blocks[1])
     count, scale = c.blocks - c.local, c.head_dim**-0.5
@@ -99,8 +99,8 @@ def choose_blocks(
 
   own = query, positions, near, segments
   facts = entries.key, (entries.positions, entries.segments), shares
-  shared = (blocks.positions, blocks.segments), first
-  chosen = with_all_keys(rank, own, facts, shared, context, axes)
+  tables = (blocks.positions, blocks.segments), first
+  chosen = with_all_keys(rank, own, facts, Whole(tables=tables), context, axes)
   begins = places - (positions - jnp.maximum(near, 0))
   return Choice(chosen, blocks.tokens(c.block), begins, places)
 
@@ -135,8 +135,8 @@ def attend_to_blocks(
     indices = jnp.concatenate([far, beside], axis=-1).astype(jnp.int32)
     return attend_groups_sharded(query, *pairs, indices, context.rules, scale=c.head_dim**-0.5)
 
-  def attend_own(pieces, pairs, tokens):
-    length = pieces[0].shape[1]
+  def attend_own(pieces, pairs, whole):
+    length, tokens = pieces[0].shape[1], whole.tables
     if length <= CHUNK:
       return attend(pieces, pairs, tokens)
     chunks = tuple(cut(x, CHUNK, -1) for x in pieces)
@@ -145,4 +145,4 @@ def attend_to_blocks(
 
   own = query, choice.chosen, choice.begins, choice.places
   keys = pairs.key, pairs.value
-  return with_all_keys(attend_own, own, keys, choice.tokens, context, axes)
+  return with_all_keys(attend_own, own, keys, Whole(tables=choice.tokens), context, axes)

@@ -12,7 +12,7 @@ from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.interface import Cache, in_order_only
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.attention.spread import with_all_keys
+from deepseek_jax.layers.attention.spread import Whole, with_all_keys
 from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.context_parallel import Order
@@ -197,14 +197,14 @@ class SharedAttention(nn.Module):
     """
     window, axes = self.config.window, own_axes(tokens, context)
 
-    def mix(own, entries, sinks):
+    def mix(own, entries, whole):
       query, positions, segments, tokens = own
       tokens = with_window(tokens, window, axes)
       facts = query, positions, segments
-      return attend_compressed(*facts, tokens, entries, window=window, sinks=sinks)
+      return attend_compressed(*facts, tokens, entries, window=window, sinks=whole.weights)
 
     own = query, context.positions, context.segments, tokens
-    heads = with_all_keys(mix, own, entries, self.sinks(), context, axes)
+    heads = with_all_keys(mix, own, entries, Whole(self.sinks()), context, axes)
     return self.turn_back(heads, context)
 
   def sinks(self) -> jax.Array:

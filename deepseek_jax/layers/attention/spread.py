@@ -5,7 +5,7 @@ and `ops.attention.neighbours`: a kind says what it needs, not how it travels.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
@@ -62,11 +62,23 @@ def attend_spread(
   return parts.run(attend, ins, of_heads)(query, keys.source, keys.weights, seen)
 
 
+class Whole(NamedTuple):
+  """What every device has that shares a row.
+
+  Attributes:
+    weights: arrays that are the same for all rows.
+    tables: arrays [B, …] of each row.
+  """
+
+  weights: Any = ()
+  tables: Any = ()
+
+
 def with_all_keys(
-  function: Callable[[Any, Any, Any], Any],
+  function: Callable[[Any, Any, Whole], Any],
   own: Any,
   keys: Any,
-  shared: Any,
+  whole: Whole,
   context: Context,
   axes: tuple[str, ...] | None = None,
 ) -> Any:
@@ -77,10 +89,10 @@ def with_all_keys(
   and heads stay with the compiler, or with whatever the function calls.
 
   Args:
-    function: (own, keys, shared) -> arrays [B, T, …].
+    function: (own, keys, whole) -> arrays [B, T, …].
     own: arrays [B, T, …] of tokens, or [B, N, …] of blocks of neighbouring tokens.
     keys: arrays [B, S, …]; the function gets those of all devices.
-    shared: arrays that are the same on all devices that share a row.
+    whole: what else it needs.
     context: facts about the tokens.
     axes: mesh axes that share the row; None takes the context's.
 
@@ -89,27 +101,37 @@ def with_all_keys(
   """
   axes = context.sequence_axes if axes is None else axes
   if not axes:
-    return function(own, keys, shared)
+    return function(own, keys, whole)
   order, devices = context.parallel.order, sequence_devices(context.rules)
 
-  def run(own, keys, shared):
+  def run(own, keys, whole):
     keys = jax.tree.map(lambda x: restore(x, order, devices), gather(keys, axes))
-    return function(own, keys, shared)
+    return function(own, keys, whole)
 
-  return over_sequence(run, axes)(own, keys, shared)
+  return over_sequence(run, context, axes)(own, keys, whole)
 
 
-def over_sequence(function: Callable[..., Any], axes: tuple[str, ...]) -> Callable[..., Any]:
-  """Maps `function(own, keys, shared)` over the devices that share a row.
+def over_sequence(
+  function: Callable[..., Any], context: Context, axes: tuple[str, ...]
+) -> Callable[..., Any]:
+  """Maps `function(own, keys, whole)` over the devices that share rows, and tokens of a row.
 
-  Arrays [B, T, …] of the first two and of the result are cut along T; the third is whole.
+  Arrays [B, T, …] of the first two and of the result are cut along both.
+
+  Args:
+    function: of what one device has.
+    context: facts about the tokens.
+    axes: mesh axes that share a row.
   """
-  tokens = PartitionSpec(None, axes)
+  # Rows too: the compiler cannot partition every gather inside when they are left to it.
+  rows = context.row_axes
+  tokens = PartitionSpec(rows or None, axes)
+  whole = Whole(PartitionSpec(), PartitionSpec(rows or None))
   return jax.shard_map(
     function,
-    in_specs=(tokens, tokens, PartitionSpec()),
+    in_specs=(tokens, tokens, whole),
     out_specs=tokens,
-    axis_names=set(axes),
+    axis_names={*rows, *axes},
     check_vma=False,
   )
 
@@ -147,9 +169,9 @@ def choose_spread(
   """
   ordered = not context.sequence_axes
 
-  def run(own, keys, shared):
-    del shared
+  def run(own, keys, whole):
+    del whole
     return select(own[0], keys[0], seen_of(own[1], keys[1]), ordered)
 
   own, keys = (queries, query_facts(seen)), (keys, key_facts(seen))
-  return with_all_keys(run, own, keys, (), context)
+  return with_all_keys(run, own, keys, Whole(), context)

@@ -154,7 +154,7 @@ def test_sharing_changes_nothing(kind, parallel, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'parallel'), [('mla', ZIGZAG), ('dsa', RING), ('csa', RING)])
 def test_inside_of_another_axis(kind, parallel):
-  """Where `stage` is dealt with outside, as in a pipeline, each of its devices has rows to share."""
+  """Where `stage` is dealt with outside, as in a pipeline, each stage has rows to share."""
   module, params, x, grad = example(kind)
   mesh, plain = make_mesh(MeshConfig(stage=2, seq=4)), packed_context(LENGTHS, LENGTH)
   facts = {'order': parallel.order, 'devices': 4}
