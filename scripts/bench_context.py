@@ -5,8 +5,8 @@
 attention: one layer, forward and gradient, compiled for eight host devices with the row over all of
 them; nothing is run. Temporaries are the compiler's plan for a CPU; messages are the bytes that a
 device receives, read off the compiled program with loops counted as often as they run. `part` is
-the compiler's own way, `gather` and `ring` are ours; kinds that see a bounded part of the row have
-one form.
+the compiler's own way, `gather` and `ring` are kinds of `context_parallel`; attention that sees a
+bounded part of the row has one form, `ours`.
 
 balance: pairs of a query and a key that it sees, of the busiest device over the mean.
 """
@@ -80,8 +80,8 @@ def layer_costs(kind: Any, form: str, length: int) -> tuple[int, dict[str, int]]
     (y, _), reported = module.apply({'params': params}, x, context, mutable=['losses'])
     return jnp.sum(y * y) + sum(jax.tree.leaves(reported), jnp.float32(0))
 
-  with jax.set_mesh(make_mesh(MeshConfig(seq=DEVICES))) as _:
-    mesh = make_mesh(MeshConfig(seq=DEVICES))
+  mesh = make_mesh(MeshConfig(seq=DEVICES))
+  with jax.set_mesh(mesh):
     place = lambda axes: NamedSharding(mesh, rules.spec(axes))  # noqa: E731
     whole = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place([])), params
@@ -110,7 +110,8 @@ def print_attention(length: int, names: list[str]) -> None:
       weights = moved.pop('weights')
       parts = ', '.join(f'{kind} {size / 1e6:.1f}' for kind, size in sorted(moved.items()) if size)
       total = sum(moved.values()) / 1e6
-      print(f'{name:<14}{form:<8}{temporary / 1e6:>10.1f}{total:>10.1f}  {parts}', flush=True)
+      label = 'ours' if form == 'ring' and name not in DENSE else form
+      print(f'{name:<14}{label:<8}{temporary / 1e6:>10.1f}{total:>10.1f}  {parts}', flush=True)
     print(f'{"":<14}gradients of weights, in all of these: {weights / 1e6:.1f}', flush=True)
 
 

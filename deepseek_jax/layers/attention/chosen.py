@@ -102,7 +102,8 @@ class ChosenAttention(LatentAttention):
 def _mix_parts(c: Latent, query: Queries, key, matrices, chosen: Chosen, attend):
   """What `mix_chosen` returns, part by part of the chosen keys."""
   tokens, keys = query.source.shape[1], key[0].shape[1]
-  form = _expanded if chosen.block > 1 and keys <= EXPANDED else _absorbed
+  # Devices that share the row each have fewer queries than there are keys to make.
+  form = _expanded if chosen.block > 1 and keys <= min(tokens, EXPANDED) else _absorbed
   found, first = [], 0
   for indices in chosen.indices:
     last = min(first + indices.shape[1] * chosen.block, tokens)

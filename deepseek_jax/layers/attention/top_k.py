@@ -99,16 +99,17 @@ class TopKAttention(ChosenAttention):
     nope, rope = query.make(c)
     inner = jnp.einsum('bthk,chk->btc', nope, up[..., : c.nope_dim])
     whole = jnp.concatenate([inner, jnp.sum(rope, axis=2)], axis=-1)
-    rows = jnp.concatenate(key, axis=-1).astype(x.dtype)
-    top_k = min(c.top_k, rows.shape[1])
+    key = (key[0].astype(x.dtype), key[1].astype(x.dtype))
+    top_k = min(c.top_k, key[0].shape[1])
+
+    def select(whole, key, seen, ordered):
+      rows = jnp.concatenate(key, axis=-1)
+      return select_nearest(whole, rows, seen, top_k, ordered=ordered)
+
     if cache is None:
-
-      def select(whole, rows, seen, ordered):
-        return select_nearest(whole, rows, seen, top_k, ordered=ordered)
-
-      found = choose_spread(select, whole, rows, seen, context)
+      found = choose_spread(select, whole, key, seen, context)
     else:
-      found = select_nearest(whole, rows, seen, top_k)
+      found = select(whole, key, seen, False)
     matrices = up, self.output_matrix(x.shape[-1], x.dtype)
     y, _ = self.mix_chosen(query, key, matrices, Chosen((found,)), context)
     return y, cache
