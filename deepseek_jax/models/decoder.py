@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
   def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
     """Returns embeddings [B, T, D] in the compute dtype."""
-    x = self.embedding(tokens).astype(self.dtype)
+    x = context.between_layouts(self.embedding(tokens).astype(self.dtype))
     return context.rules.constrain(x, ('batch', 'seq', 'act_embed'))
 
   def __call__(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
@@ -103,7 +103,7 @@ class Decoder(nn.Module):
       return result
     state = self.config.mtp.start(stream, result[0])
     for depth in range(1, len(self.mtp) + 1):
-      tokens = shift_left(context.tokens, depth)
+      tokens = context.tokens_ahead(depth)
       state, hidden, _ = self.ahead(depth, state, tokens, context)
       result.append(hidden)
     return result
@@ -138,11 +138,6 @@ class Decoder(nn.Module):
   def everything(self, context: Context) -> jax.Array:
     """Runs every part once on tokens [B, T], so that `init` declares every weight."""
     return self.logits(self.every_depth(context)[0], context)
-
-
-def shift_left(x: jax.Array, places: int) -> jax.Array:
-  """Moves [B, T] to the left; zeros come in."""
-  return jnp.pad(x[:, places:], ((0, 0), (0, min(places, x.shape[1]))))
 
 
 def plan_segments(family: Family, remat: Remat | None = None) -> tuple[Segment, ...]:

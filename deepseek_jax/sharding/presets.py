@@ -30,3 +30,16 @@ EXPERT = dataclasses.replace(
   expert=('expert',),
 )
 """FSDP over `data`; whole experts over `expert`, which also carries rows of the batch."""
+
+CONTEXT = dataclasses.replace(
+  TENSOR,
+  batch=('replica', 'data', 'expert'),
+  seq=('seq',),
+  act_expert=('expert',),
+  embed=('data', 'seq'),
+  latent=('data', 'seq'),
+  expert=('expert',),
+  expert_embed=('data', 'seq'),
+)
+"""The tokens of a row over `seq`, which shards weights as `data` does; beside it TENSOR and EXPERT,
+where the mesh has more than one device along `model` or `expert`."""

@@ -9,7 +9,11 @@ from deepseek_jax.core.precision import Fastest, Float32, Precision
 from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.recall import Recall
+from deepseek_jax.layers.attention.interface import SharesRows, in_order_only
+from deepseek_jax.layers.context_parallel import ContextParallel, Ring
+from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
@@ -21,7 +25,7 @@ from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
 from deepseek_jax.sharding.mesh import MeshConfig
-from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
+from deepseek_jax.sharding.presets import CONTEXT, EXPERT, FSDP, TENSOR
 from deepseek_jax.sharding.rules import Rules, shard_count
 from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.init_from import InitFrom
@@ -88,6 +92,7 @@ class Experiment:
     precision: compute dtype; parameters stay float32.
     mesh: how devices are laid out.
     rules: which array axes lie on which mesh axes.
+    context_parallel: how tokens reach keys where `rules` spreads the tokens of a row.
     cadence: how often the run logs, evaluates, samples and saves.
     prompts: texts that samples continue.
     init_from: another run's checkpoint whose weights a new run begins with, or None.
@@ -112,7 +117,8 @@ class Experiment:
   remat: EveryLayer | SquareRoot | Save | Compressed | None = None
   precision: Precision = Float32()
   mesh: MeshConfig = MeshConfig()
-  rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT)] = FSDP
+  rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT, CONTEXT=CONTEXT)] = FSDP
+  context_parallel: ContextParallel = Ring()
   cadence: Cadence = Cadence()
   prompts: tuple[str, ...] = ()
   init_from: InitFrom | None = None
@@ -164,6 +170,7 @@ class Experiment:
       errors += [f'data.tokenizer: {message}' for message in error.messages]
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices) + self._check_dispatch(devices)
+      errors += check_shared_rows(self, devices)
       errors += self._check_placement(devices)
     return errors + self._check_tables() + self._check_experts() + self._check_images()
 
@@ -264,6 +271,44 @@ class Experiment:
         f'share a sequence (rules.seq {self.rules.seq})'
       )
     return errors
+
+
+def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
+  """Returns what keeps devices from sharing the tokens of a row, as messages."""
+  sizes, model = experiment.mesh.sizes(devices), experiment.model
+  shards, length = shard_count(experiment.rules.seq, sizes), experiment.data.length
+  if sizes['seq'] > 1 and not any('seq' in axes for axes in vars(experiment.rules).values()):
+    return [
+      f'mesh.seq is {sizes["seq"]}, but no rule has anything on that axis: its devices would all '
+      'do the same; the preset CONTEXT has the tokens of a row there'
+    ]
+  if shards == 1 or length % shards:
+    return []
+  order = experiment.context_parallel.order
+  pieces = len(order.chunks(shards))
+  if length % pieces:
+    return [
+      f'context_parallel.order {type(order).__name__} cuts data.length {length} into {pieces} '
+      f'chunks for {shards} devices, which do not divide it'
+    ]
+  layers = model.layers()
+  blocks = dict.fromkeys([*layers, *([] if model.mtp is None else [model.mtp.block(layers[-1])])])
+  errors = []
+  for kind in dict.fromkeys(block.attention for block in blocks):
+    if isinstance(kind, SharesRows):
+      faults = kind.check_shared(length // shards, order)
+    else:
+      faults = in_order_only(order, 'what the compiler finds')
+    errors += [f'context_parallel: attention {type(kind).__name__}: {fault}' for fault in faults]
+  for moe in dict.fromkeys(block.feed_forward for block in blocks):
+    parts = (moe.router, moe.dispatch) if isinstance(moe, MoE) else ()
+    errors += [
+      f'context_parallel: {type(part).__name__} {fault}'
+      for part in parts
+      if isinstance(part, ExpertAttention | Capacity)
+      for fault in in_order_only(order, 'the tokens of a row, one after the other,')
+    ]
+  return errors
 
 
 def resolved(experiment: Experiment, precision: Precision) -> Experiment:

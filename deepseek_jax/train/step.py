@@ -227,7 +227,8 @@ def make_evaluate(experiment: Experiment, decoder: Decoder) -> Callable[..., Met
   """Returns the pure evaluation of one batch [B, T]: summed nats and targets."""
 
   def evaluate(params: Any, buffers: Any, batch: Batch) -> Metrics:
-    context = batch_context(batch, experiment.rules)
+    parallel = experiment.context_parallel
+    context = batch_context(batch, experiment.rules, parallel=parallel)
     variables = {'params': params, 'buffers': buffers}
     return evaluation_sums(decoder, variables, batch, context, experiment.objective.chunk)
 
