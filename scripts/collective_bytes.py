@@ -35,7 +35,8 @@ def moved_bytes(text: str) -> dict[str, int]:
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-  entry, name, bodies = '', '', {}
+  entry, name = '', ''
+  bodies: dict[str, list[str]] = {}
   for line in text.splitlines():
     header = _HEADER.match(line)
     if header is not None:

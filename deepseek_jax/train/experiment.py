@@ -10,7 +10,7 @@ from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.recall import Recall
 from deepseek_jax.layers.attention.interface import SharesRows, in_order_only
-from deepseek_jax.layers.context_parallel import ContextParallel, Ring
+from deepseek_jax.layers.context_parallel import ContextParallel, Contiguous, Ring
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
@@ -295,10 +295,14 @@ def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
   blocks = dict.fromkeys([*layers, *([] if model.mtp is None else [model.mtp.block(layers[-1])])])
   errors = []
   for kind in dict.fromkeys(block.attention for block in blocks):
+    faults = []
     if isinstance(kind, SharesRows):
       faults = kind.check_shared(length // shards, order)
-    else:
-      faults = in_order_only(order, 'what the compiler finds')
+    elif not isinstance(order, Contiguous):
+      faults = [
+        f'does not say that it takes tokens in the order {type(order).__name__}; use Contiguous(), '
+        'or give it `check_shared`'
+      ]
     errors += [f'context_parallel: attention {type(kind).__name__}: {fault}' for fault in faults]
   for moe in dict.fromkeys(block.feed_forward for block in blocks):
     parts = (moe.router, moe.dispatch) if isinstance(moe, MoE) else ()

@@ -276,6 +276,26 @@ def test_lengths_and_blocks_that_do_not_fit():
   assert 'mesh.seq is 4, but no rule has anything on that axis' in error
 
 
+def test_a_kind_that_says_nothing():
+  """A kind of somebody's own is left to the compiler, in the order of the row alone."""
+
+  class Own:
+    """What a notebook may put in the field."""
+
+    heads = 4
+
+    def build(self, name=None):
+      raise NotImplementedError
+
+    empty_cache = cache_axes = mixing_flops = build
+
+  chosen = experiment('mla')
+  chosen = dataclasses.replace(chosen, model=dataclasses.replace(chosen.model, attention=Own()))
+  assert on_mesh(chosen, Ring(), FOUR).check(8) == []
+  (error,) = on_mesh(chosen, ZIGZAG, FOUR).check(8)
+  assert 'Own: does not say that it takes tokens in the order ZigZag' in error
+
+
 def test_command_line():
   """The preset, the axis and the form in the grammar of overrides."""
   changes = {

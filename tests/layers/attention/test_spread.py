@@ -138,10 +138,17 @@ def assert_same(found, expected):
     np.testing.assert_allclose(a, b, atol=limit, rtol=0, err_msg=jax.tree_util.keystr(path))
 
 
+FOUR = MeshConfig(data=2, seq=4)
+OFTEN = ('mla', 'dsa', 'far_window', 'hca')
+"""Kinds that are run every time: keys of all, chosen ones, those beside, and entries."""
 CASES = [
-  *((kind, RING, MeshConfig(data=2, seq=4)) for kind in KINDS),
-  *((kind, GATHER, MeshConfig(data=2, seq=4)) for kind in DENSE),
-  *((kind, ZIGZAG, MeshConfig(data=2, seq=4)) for kind in ANY_ORDER),
+  pytest.param(kind, parallel, FOUR, marks=[] if kind in OFTEN else [pytest.mark.slow])
+  for parallel, fitting in ((RING, KINDS), (GATHER, DENSE), (ZIGZAG, ANY_ORDER))
+  for kind in fitting
+] + [
+  # Heads and key heads over `model`.
+  pytest.param(kind, RING, MeshConfig(data=2, seq=2, model=2), marks=pytest.mark.slow)
+  for kind in KINDS
 ]
 
 
