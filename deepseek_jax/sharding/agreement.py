@@ -50,10 +50,10 @@ def from_first[T](make: Callable[[], T]) -> T:
       raise
     tell(f'{key}/result', (value, None))
     return value
-  value, error = hear(f'{key}/result')
-  if error is not None:
-    raise error
-  return value
+  found, failure = hear(f'{key}/result')
+  if failure is not None:
+    raise failure
+  return found
 
 
 def in_turn[T](make: Callable[[], T]) -> T:

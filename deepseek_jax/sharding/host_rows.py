@@ -23,6 +23,7 @@ def own_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray | No
     return None
   held = np.zeros(shape[0], bool)
   for index in sharding.addressable_devices_indices_map(shape).values():
+    assert index is not None  # only devices without a part have none
     held[index[0]] = True
   return np.flatnonzero(held)
 
@@ -40,7 +41,8 @@ def put_rows(tree: Any, sharding: NamedSharding, batch: int, rows: np.ndarray | 
     return jax.device_put(tree, sharding)
 
   def put(local: np.ndarray) -> jax.Array:
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+      assert index is not None
       # A device holds neighbouring rows, and this host has all of them, side by side.
       begin, end, _ = index[0].indices(batch)
       place = int(np.searchsorted(rows, begin))
@@ -55,7 +57,7 @@ def put_whole(host: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
   """Makes an array of what every host has whole."""
   if sharding.is_fully_addressable:
     return jax.device_put(host, sharding)
-  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+  return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index or ()])
 
 
 def fetch(array: jax.Array) -> np.ndarray:

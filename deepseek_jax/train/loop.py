@@ -130,7 +130,6 @@ def train(
       display.message(origin.describe())
     prepare = lambda: _prepare(program, restart, origin)  # noqa: E731
     step, state, peak = team.in_background(prepare, stop)
-    data_spec = experiment.data
     segments = plan_segments(experiment.model, experiment.remat)
     run = _Run(
       experiment=experiment,
@@ -150,7 +149,7 @@ def train(
       saver=saver,
       team=team,
       snapshots=snapshots,
-      clock=Clock(data_spec.batch_size * data_spec.length),
+      clock=Clock(experiment.data.batch_size * experiment.data.length),
       link=open_link(experiment),
       step_flops=step_flops(experiment, experiment_weights(program)),
       peak_flops=peak * len(program.mesh.devices.flat),

@@ -121,6 +121,36 @@ def children(pid: int) -> list[int]:
   return [int(n) for n in pathlib.Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
+class Tiers:
+  """Keeps a state in one way or another, and remembers for how long it held the run up."""
+
+  def __init__(self, folder: pathlib.Path, experiment: Any):
+    """Keeps both tiers in a folder."""
+    from deepseek_jax.core.serialise import to_json
+    from deepseek_jax.train.checkpoint import Checkpoints
+    from deepseek_jax.train.snapshot import Snapshot, Snapshots
+
+    self.config = to_json(experiment)
+    self.checkpoints = Checkpoints(folder / 'checkpoints', 1)
+    self.snapshots = Snapshots(Snapshot(), folder)
+    self.held: dict[str, list[float]] = {'snapshot': [], 'checkpoint': []}
+
+  def keep(self, kind: str, step: int, state: Any) -> None:
+    """Keeps a state; 'nothing' does not."""
+    begin = time.perf_counter()
+    if kind == 'snapshot':
+      self.snapshots.save(step, state)
+    elif kind == 'checkpoint':
+      self.checkpoints.save(step, state, {'step': step}, self.config)
+    if kind in self.held:
+      self.held[kind].append(time.perf_counter() - begin)
+
+  def wait(self) -> None:
+    """Waits until all is written."""
+    self.snapshots.wait()
+    self.checkpoints.wait()
+
+
 def cost(config: str, blocks: int, block: int) -> dict[str, Any]:
   """Times blocks of steps with nothing, one snapshot, and one checkpoint in each, in turns.
 
@@ -132,68 +162,46 @@ def cost(config: str, blocks: int, block: int) -> dict[str, Any]:
   import jax
 
   from deepseek_jax.core.allocator import keep_freed_memory
+  from deepseek_jax.core.load import load_config
   from deepseek_jax.core.precision import Float32
-  from deepseek_jax.core.serialise import to_json
   from deepseek_jax.core.tree import bytes_of
-  from deepseek_jax.train.checkpoint import Checkpoints
   from deepseek_jax.train.experiment import resolved
-  from deepseek_jax.train.snapshot import Snapshot, Snapshots
   from deepseek_jax.train.step import build_program
-  from scripts import launch
 
   keep_freed_memory()
-  experiment = resolved(launch.load_experiment(config), Float32())
+  experiment = resolved(load_config(config), Float32())
   program = build_program(experiment)
-  data = experiment.data.prepare(launch.cache_dir(None))
-  batches = data.train_batches(0)
-  step = program.step.compile(program.abstract_state, program.abstract_batch())
-  state = program.init(jax.random.key(0))
-  held: dict[str, list[float]] = {'snapshot': [], 'checkpoint': []}
   taken: dict[str, list[float]] = {'nothing': [], 'snapshot': [], 'checkpoint': []}
-  done = 0
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder)
-    snapshots = Snapshots(Snapshot(every=block), path)
-    with Checkpoints(path / 'checkpoints', 1) as checkpoints:
-
-      def copy(kind: str) -> None:
+    batches = experiment.data.prepare(path / 'cache').train_batches(0)
+    step = program.step.compile(program.abstract_state, program.abstract_batch())
+    state = program.init(jax.random.key(0))
+    tiers, done = Tiers(path, experiment), 0
+    for number in range(blocks + 1):
+      for kind in taken:
         begin = time.perf_counter()
-        if kind == 'snapshot':
-          snapshots.save(done, state)
-        elif kind == 'checkpoint':
-          checkpoints.save(done, state, {'step': done}, to_json(experiment))
-        if kind != 'nothing':
-          held[kind].append(time.perf_counter() - begin)
-
-      for number in range(blocks + 1):
-        for kind in taken:
+        for place in range(block):
+          done += 1
+          state, _ = step(state, program.put(next(batches)))
           jax.block_until_ready(state)
-          begin = time.perf_counter()
-          for place in range(block):
-            done += 1
-            state, metrics = step(state, program.put(next(batches)))
-            jax.block_until_ready(metrics['loss'])
-            if place == 0:
-              copy(kind)
-          jax.block_until_ready(state)
-          # What is still being written would fall on the next block's time.
-          snapshots.wait()
-          checkpoints.wait()
-          if number:  # the first round warms up
-            taken[kind].append((time.perf_counter() - begin) / block)
-  medians = {kind: statistics.median(times) for kind, times in taken.items()}
-  pairs = {
-    kind: [a / b - 1 for a, b in zip(taken[kind], taken['nothing'], strict=True)] for kind in held
-  }
+          if place == 0:
+            tiers.keep(kind, done, state)
+        # What is still being written would fall on the next block's time.
+        tiers.wait()
+        if number:  # the first round warms up
+          taken[kind].append((time.perf_counter() - begin) / block)
+    tiers.checkpoints.close()
+  nothing = taken['nothing']
+  shares = {k: [a / b - 1 for a, b in zip(taken[k], nothing, strict=True)] for k in tiers.held}
   return {
     'config': config,
     'state_bytes': bytes_of(state),
     'steps_between': block,
-    'step_seconds': medians,
-    'step_seconds_all': taken,
-    'held_up_seconds': {kind: statistics.median(times[1:]) for kind, times in held.items()},
-    'cost_share': {kind: statistics.median(shares) for kind, shares in pairs.items()},
-    'cost_shares': pairs,
+    'step_seconds': {kind: statistics.median(times) for kind, times in taken.items()},
+    'held_up_seconds': {kind: statistics.median(times[1:]) for kind, times in tiers.held.items()},
+    'cost_share': {kind: statistics.median(found) for kind, found in shares.items()},
+    'cost_shares': shares,
   }
 
 
