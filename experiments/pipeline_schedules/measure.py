@@ -33,8 +33,9 @@ KINDS = (GPipe(), OneFOneB(), ZeroBubbleH1(), ZeroBubbleH2())
 class Pipeline:
   """Two processes, and how to speak to them."""
 
-  def __init__(self, cut: Sequence[tuple[int, int]], microbatches: int):
-    """Starts them and waits until they are ready."""
+  def __init__(self, cut: Sequence[tuple[int, int]], microbatches: int, tiny: bool = False):
+    """Starts them and waits until they are ready; `tiny` is the model for tests."""
+    self.tiny = tiny
     context = multiprocessing.get_context('spawn')
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < STAGES:
@@ -47,7 +48,7 @@ class Pipeline:
       arguments = (cores[chunk], chunk, STAGES - 1, theirs, neighbours[chunk])
       process = context.Process(target=worker.work, args=arguments, daemon=True)
       process.start()
-      mine.send((cut[chunk], microbatches, ROWS))
+      mine.send((cut[chunk], microbatches, ROWS, tiny))
       self.parents.append(mine)
       self.processes.append(process)
     self.answers()
@@ -86,7 +87,8 @@ def measured_shares(answers: list[list]) -> tuple[float, list[float]]:
 def costs_of(pipeline: Pipeline, repeats: int) -> tuple[tuple[Cost, ...], float]:
   """Times the programs of both stages at the same time, and a transfer."""
   timed = pipeline.ask(*[('time', repeats)] * STAGES)
-  like = np.ones((ROWS, 128, 192), np.float32)
+  config = _experiment(pipeline.tiny)
+  like = np.ones((ROWS, config.data.length, config.model.width), np.float32)
   transfer = statistics.mean(pipeline.ask(*[('transfer', like, 3 * repeats)] * STAGES))
   costs = tuple(
     Cost(
@@ -135,7 +137,7 @@ def run_kinds(pipeline: Pipeline, microbatches: int, rounds: int) -> list[dict[s
         'seconds': [seconds for seconds, _, _ in runs[name]],
         'idle': [shares for _, shares, _ in runs[name]],
         'median_idle': statistics.median(idle),
-        'gradient_error': gradient_error(gradients[name], microbatches),
+        'gradient_error': gradient_error(gradients[name], microbatches, pipeline.tiny),
         'costs': [vars(cost) for cost in costs],
         'transfer': transfer,
         'events': [
@@ -147,13 +149,16 @@ def run_kinds(pipeline: Pipeline, microbatches: int, rounds: int) -> list[dict[s
   return rows
 
 
-def gradient_error(found: list[dict[str, Any]], microbatches: int) -> dict[str, Any]:
+def gradient_error(
+  found: list[dict[str, Any]], microbatches: int, tiny: bool = False
+) -> dict[str, Any]:
   """Compares summed gradients with those of one process: largest difference over largest entry."""
   import jax
 
   from deepseek_jax.models.decoder import canonical, plan_segments
 
-  reference = canonical(_reference(microbatches), plan_segments(_experiment().model))
+  segments = plan_segments(_experiment(tiny).model)
+  reference = canonical(_reference(microbatches, tiny), segments)
   sums: dict[str, np.ndarray] = {}
   for stage in found:
     for unit_address, tree in stage.items():
@@ -175,19 +180,19 @@ def gradient_error(found: list[dict[str, Any]], microbatches: int) -> dict[str, 
   return {'worst': errors[worst], 'where': worst, 'of_norm': float(total / norm)}
 
 
-_REFERENCES: dict[int, Any] = {}
+_REFERENCES: dict[tuple[int, bool], Any] = {}
 
 
-def _experiment() -> Any:
+def _experiment(tiny: bool = False) -> Any:
   from experiments.pipeline_schedules import model
 
-  return model.experiment()
+  return model.experiment(tiny)
 
 
-def _reference(microbatches: int) -> Any:
+def _reference(microbatches: int, tiny: bool) -> Any:
   """Gradients of the whole batch in this process, by the objective that training has."""
-  if microbatches in _REFERENCES:
-    return _REFERENCES[microbatches]
+  if (microbatches, tiny) in _REFERENCES:
+    return _REFERENCES[microbatches, tiny]
   import flax.linen as nn
   import jax
   import jax.numpy as jnp
@@ -196,7 +201,7 @@ def _reference(microbatches: int) -> Any:
   from deepseek_jax.train.objective import batch_context, training_loss
   from experiments.pipeline_schedules import model
 
-  config = _experiment()
+  config = _experiment(tiny)
   decoder = config.model.build(dtype=jnp.float32)
   variables = jax.jit(lambda: nn.meta.unbox(init_variables(decoder, jax.random.key(config.seed))))()
   batch = jax.tree.map(jnp.asarray, model.batch_of(config, microbatches * ROWS))
@@ -208,8 +213,9 @@ def _reference(microbatches: int) -> Any:
     totals = model.totals_of(config, batch)
     return training_loss(decoder, given, batch, totals, weight, context, config.objective.chunk)[0]
 
-  _REFERENCES[microbatches] = jax.device_get(jax.jit(jax.grad(loss))(variables['params']))
-  return _REFERENCES[microbatches]
+  found = jax.device_get(jax.jit(jax.grad(loss))(variables['params']))
+  _REFERENCES[microbatches, tiny] = found
+  return found
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:

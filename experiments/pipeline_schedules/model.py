@@ -10,6 +10,7 @@ from configs import quickstart
 from deepseek_jax.core.override import override
 from deepseek_jax.core.precision import Float32
 from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.tokenizer import Bytes
 from deepseek_jax.pods.schedule.measure import init_canonical
 from deepseek_jax.pods.schedule.split import Split, split
 from deepseek_jax.pods.schedule.units import Data, Unit, join, model_units
@@ -25,9 +26,20 @@ CHANGES: dict[str, Any] = {
 """Quickstart's model with as many layers as make two even halves, in float32."""
 
 
-def experiment() -> Experiment:
-  """Returns the run whose step is pipelined."""
-  return override(quickstart.get_config(), CHANGES)[0]
+TINY: dict[str, Any] = {
+  'model.depth': 3,
+  'model.width': 32,
+  'model.vocab': 264,
+  'data.length': 32,
+  'data.tokenizer': Bytes(),
+}
+"""What makes a model of it that compiles in seconds: for a test of the processes."""
+
+
+def experiment(tiny: bool = False) -> Experiment:
+  """Returns the run whose step is pipelined; `tiny` only to see that everything works."""
+  changes = {**CHANGES, **TINY} if tiny else CHANGES
+  return override(quickstart.get_config(), changes)[0]
 
 
 def batch_of(config: Experiment, rows: int) -> Batch:

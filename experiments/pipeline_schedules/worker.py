@@ -50,7 +50,7 @@ class Inbox:
 class Stage:
   """Compiled programs of a stage, its weights, and what it remembers."""
 
-  def __init__(self, cut: tuple[int, int], microbatches: int, rows: int):
+  def __init__(self, cut: tuple[int, int], microbatches: int, rows: int, tiny: bool):
     """Builds and compiles; the first call of each program is made here."""
     import jax
     import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Stage:
     from experiments.pipeline_schedules import model
 
     self.jax = jax
-    experiment = model.experiment()
+    experiment = model.experiment(tiny)
     self.unit, self.parts, self.weights, given = model.stage(experiment, cut, microbatches, rows)
     self.data, x = given
     self.forward = jax.jit(self.parts.forward)

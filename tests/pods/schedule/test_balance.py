@@ -81,7 +81,7 @@ def test_a_search_for_devices(seed):
   # A dear end is made good by a cheap chunk elsewhere on its device.
   tail = cut_for_devices([1.0] * 8 + [4.0], [0, 1] * 2)
   assert dearest_of_two(tail.totals) == 6.0
-  assert dearest_of_two(cut_evenly([1.0] * 8 + [4.0], 4).totals) == 8.0
+  assert dearest_of_two(cut_evenly([1.0] * 8 + [4.0], 4).totals) > 6.0
 
 
 def dearest_of_two(totals):
