@@ -19,6 +19,8 @@ one device would hold and do, how long a step would take, and whether it fits.
   --config=FILE           a config file, or the name of one in configs/
   --config.path=value     changes one part
   --topology=NAME         chips of a slice: v5p:8x8x8 (512 chips), v6e:8x8, tpu7x:4x4x4, v5e:16x16
+  --decode_rows=N         plans a decoding step of N rows instead, one token each
+  --decode_slots=4096     tokens that their cache holds
   --out=FOLDER            writes <name>.json and <name>.txt there
   --name=NAME             of these files; the experiment's is used otherwise
   --rows=12               of the longer tables
@@ -29,6 +31,8 @@ The compiler comes with: pip install "deepseek_jax[pods]"
 TOPOLOGY = flags.DEFINE_string('topology', None, 'chips of a slice, such as v5p:8x8x8')
 OUT = flags.DEFINE_string('out', None, 'folder for the plan')
 NAME = flags.DEFINE_string('name', None, 'of the files')
+DECODE_ROWS = flags.DEFINE_integer('decode_rows', None, 'rows of a decoding step')
+DECODE_SLOTS = flags.DEFINE_integer('decode_slots', 4096, 'tokens that a cache holds')
 ROWS = flags.DEFINE_integer('rows', 12, 'of the longer tables')
 
 
@@ -48,12 +52,17 @@ def main(config_path: str | None, assignments: dict[str, str]) -> int:
   for change in changes:
     print(f'changed  {change}')
   devices = find_devices(topology)
+  from deepseek_jax.pods.decoding import plan_decoding
   from deepseek_jax.pods.plan import to_json
   from deepseek_jax.pods.report import describe
   from deepseek_jax.pods.training import plan_training
 
   command = shlex.join(['python', 'scripts/plan_pod.py', *sys.argv[1:]])
-  plan = plan_training(experiment, topology, devices, command)
+  if DECODE_ROWS.value is None:
+    plan = plan_training(experiment, topology, devices, command)
+  else:
+    rows, slots = DECODE_ROWS.value, DECODE_SLOTS.value
+    plan = plan_decoding(experiment, topology, devices, rows, slots, command)
   text = describe(plan, ROWS.value)
   if OUT.value is not None:
     folder = pathlib.Path(OUT.value)

@@ -30,6 +30,7 @@ from deepseek_jax.pods.collective import (
   read_collective,
 )
 from deepseek_jax.pods.hlo import Computation, Instruction, Module, trip_count
+from deepseek_jax.pods.origin import Origins
 from deepseek_jax.pods.topology import Topology
 from deepseek_jax.pods.work import KernelCost, Work, instruction_work
 
@@ -142,6 +143,7 @@ class _Walk:
   def __init__(self, module: Module, machine: Machine, kernel_cost: KernelCost):
     self.module, self.machine, self.kernel_cost = module, machine, kernel_cost
     self.known: dict[str, Tally] = {}
+    self.origins = Origins(module)
 
   def tally(self, home: Computation) -> Tally:
     if home.name not in self.known:
@@ -188,7 +190,8 @@ class _Walk:
       tally.unknown_kernels.append(instruction.op_name)
     if not (work.bytes or work.other_flops or work.flops):
       return
-    key = module_of(instruction.op_name), phase_of(instruction.op_name)
+    label = self.origins.label(instruction.name)
+    key = module_of(label), phase_of(label)
     tally.work[key] = tally.work.get(key, Work()).plus(work)
     spent = work_seconds(work, self.machine.topology.chip)
     if instruction.opcode in ('copy-start', 'slice-start'):
@@ -205,8 +208,8 @@ class _Walk:
     if found is None or len(found.group) < 2:
       return
     spent = self._time(found)
-    axes, key = '·'.join(found.axes) or 'none', module_of(instruction.op_name)
-    place = (axes, key, found.kind)
+    axes = '·'.join(found.axes) or 'none'
+    place = (axes, module_of(self.origins.label(instruction.name)), found.kind)
     tally.exchanged[place] = tally.exchanged.get(place, 0.0) + found.sent
     tally.exchange_seconds[axes] = tally.exchange_seconds.get(axes, 0.0) + spent
     clock.begin(instruction.name, spent, 'links', axes)

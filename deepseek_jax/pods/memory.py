@@ -8,13 +8,15 @@ from typing import Any
 import jax
 
 from deepseek_jax.pods.address import module_of, phase_of
-from deepseek_jax.pods.hlo import Instruction, Module
+from deepseek_jax.pods.hlo import Array, Module
+from deepseek_jax.pods.origin import Origins
 
 CLASSES = (
   'parameters',
   'optimizer',
   'buffers',
   'other state',
+  'cache',
   'batch',
   'gradients',
   'activations',
@@ -24,7 +26,7 @@ CLASSES = (
 
 _PEAK = re.compile(r'^\s*Live ranges at \d+ \(peak\):')
 _LIVE = re.compile(r'^\s+(\S+?)\{([\d,]*)\}: (\d+) bytes')
-_ARGUMENT = re.compile(r'state\.|batch\.|params|caches|variables')
+_ARGUMENT = re.compile(r'state\.|batch\.|tokens|positions|caches|variables')
 _STATE = {
   'params': 'parameters',
   'opt_state': 'optimizer',
@@ -86,6 +88,27 @@ def local_shapes(tree: Any) -> dict[str, tuple[tuple[int, ...], int]]:
   return result
 
 
+def weights_by_shape(params: Any) -> dict[tuple[int, ...], str]:
+  """Returns addresses of abstract parameters by shape on one device.
+
+  Those that share a shape are told together: 'feed_forward/{gate,up}'.
+  """
+  found: dict[tuple[int, ...], list[str]] = {}
+  for address, (shape, _) in local_shapes(params).items():
+    found.setdefault(shape, []).append(address)
+  return {shape: _together(addresses) for shape, addresses in found.items()}
+
+
+def _together(addresses: list[str]) -> str:
+  if len(addresses) == 1:
+    return addresses[0]
+  homes = {address.rpartition('/')[0] for address in addresses}
+  if len(homes) > 1:
+    return f'{addresses[0]} and {len(addresses) - 1} more'
+  names = ','.join(address.rpartition('/')[2] for address in addresses)
+  return f'{homes.pop()}/{{{names}}}'
+
+
 def bytes_by_class(state: Any) -> dict[str, int]:
   """Returns bytes of the arguments on one device, by class: counted from shapes, without padding.
 
@@ -100,52 +123,44 @@ def bytes_by_class(state: Any) -> dict[str, int]:
 
 
 def held_at_peak(
-  module: Module, live: Mapping[str, int], gradients: Sequence[tuple[int, ...]] = ()
+  module: Module, live: Mapping[str, int], weights: Mapping[tuple[int, ...], str]
 ) -> list[Held]:
   """Says of everything that lies in memory what it is and which module made it; largest first.
 
   Args:
     module: the program.
     live: from `live_at_peak`.
-    gradients: shapes of the parameters on one device: what has one, in float32, and was made in
-      the backward pass is a gradient.
+    weights: addresses of the parameters by their shape on one device: a float32 array that has it
+      and is no argument is a gradient.
   """
-  table = {i.name: i for c in module.computations.values() for i in c.instructions}
-  shapes = set(gradients)
-  found = []
-  for name, size in live.items():
-    instruction = table.get(name.split('{')[0])
-    if instruction is None:
-      found.append(Held(kind='temporaries', module='step', phase='forward', shape='', bytes=size))
-      continue
-    found.append(_describe(name, instruction, size, shapes))
+  origins = Origins(module)
+  found = [_describe(origins, name, size, weights) for name, size in live.items()]
   return sorted(found, key=lambda held: -held.bytes)
 
 
 def _describe(
-  name: str, instruction: Instruction, size: int, gradients: set[tuple[int, ...]]
+  origins: Origins, name: str, size: int, weights: Mapping[tuple[int, ...], str]
 ) -> Held:
-  label = instruction.op_name
-  if instruction.opcode == 'parameter' and re.match(
-    r'state\.|batch\.|params|caches|variables', label
-  ):
-    return Held(
-      kind=argument_class(label), module=label, phase='', shape=_shape(instruction), bytes=size
-    )
-  array = instruction.arrays[_place(name)] if instruction.arrays else None
-  phase = phase_of(label)
-  kind = 'temporaries'
-  if array is not None and array.dtype == 'f32' and array.shape in gradients and phase != 'forward':
-    kind = 'gradients'
+  plain, place = name.split('{')[0], _place(name)
+  home = origins.homes.get(plain)
+  if home is None:
+    return Held(kind='temporaries', module='step', phase='forward', shape='', bytes=size)
+  instruction = home.by_name[plain]
+  arrays = instruction.arrays[place:]
+  array = arrays[0] if arrays else Array('', ())
+  shape = f'{array.dtype}[{",".join(map(str, array.shape))}]'
+  label = origins.label(plain, place)
+  if instruction.opcode == 'parameter' and _ARGUMENT.match(instruction.op_name):
+    kind = argument_class(instruction.op_name)
+    return Held(kind=kind, module=instruction.op_name, phase='', shape=shape, bytes=size)
+  phase, address = phase_of(label), weights.get(array.shape)
+  kind, where = 'temporaries', module_of(label)
+  if address is not None:
+    # Gradients and their sums; in another dtype, weights as they are multiplied with.
+    kind, where = ('gradients' if array.dtype == 'f32' else 'temporaries'), address
   elif phase == 'forward' and 'jvp(' in label and 'vocabulary_loss' not in label:
     kind = 'activations'
-  return Held(
-    kind=kind,
-    module=module_of(label),
-    phase=phase,
-    shape=_shape(instruction, _place(name)),
-    bytes=size,
-  )
+  return Held(kind=kind, module=where, phase=phase, shape=shape, bytes=size)
 
 
 def _place(name: str) -> int:
@@ -154,17 +169,13 @@ def _place(name: str) -> int:
   return int(match[1]) if match else 0
 
 
-def _shape(instruction: Instruction, place: int = 0) -> str:
-  if place >= len(instruction.arrays):
-    return ''
-  array = instruction.arrays[place]
-  return f'{array.dtype}[{",".join(map(str, array.shape))}]'
-
-
 def argument_class(label: str) -> str:
   """Returns the class of an argument from its name in HLO, such as `state.params['head']`."""
-  if label.startswith('batch'):
+  if label.startswith(('batch', 'tokens', 'positions')):
     return 'batch'
+  if label.startswith('caches'):
+    return 'cache'
+  label = label.removeprefix('variables')
   match = re.match(r'(?:state\.)?\W*(\w+)', label)
   return _STATE.get(match[1], 'other state') if match else 'other state'
 

@@ -15,8 +15,8 @@ from deepseek_jax.pods.memory import (
   bytes_by_class,
   held_at_peak,
   live_at_peak,
-  local_shapes,
   sum_by_class,
+  weights_by_shape,
 )
 from deepseek_jax.pods.plan import Memory, Part, Plan, Time, Traffic
 from deepseek_jax.pods.topology import Build, Topology, compile_program
@@ -63,13 +63,13 @@ def read_training(program: Program, topology: Topology, build: Build, command: s
   machine = machine_of(topology, dict(program.mesh.shape), program.mesh.devices.reshape(-1))
   tally = estimate(module, machine, KernelModel(rows_filled=rows_filled(experiment, machine.sizes)))
   state = program.abstract_state
-  shapes = [shape for shape, _ in local_shapes(state.params).values()]
+  weights = weights_by_shape(state.params)
   devices = len(machine.coords)
   flops = float(step_flops(experiment, experiment_weights(program))[-1]) / devices
   return assemble(
     tally,
     Memory(
-      **_memory(module, build, shapes, bytes_by_class(state)), usable_bytes=int(chip.hbm_bytes)
+      **memory_of(module, build, weights, bytes_by_class(state)), usable_bytes=int(chip.hbm_bytes)
     ),
     chip,
     name=experiment.name,
@@ -83,11 +83,18 @@ def read_training(program: Program, topology: Topology, build: Build, command: s
   )
 
 
-def _memory(
-  module: hlo.Module, build: Build, shapes: list[tuple[int, ...]], counted: dict[str, int]
+def memory_of(
+  module: hlo.Module, build: Build, weights: dict[tuple[int, ...], str], counted: dict[str, int]
 ) -> dict[str, Any]:
-  """Classes and largest arrays; where the compiler tells nothing, the arguments as counted."""
-  held = held_at_peak(module, live_at_peak(build.live_ranges), shapes)
+  """Returns classes, peak and largest arrays; arguments at least as counted from their shapes.
+
+  Args:
+    module: the program.
+    build: what the compiler made.
+    weights: addresses of parameters by shape.
+    counted: bytes of arguments by class.
+  """
+  held = held_at_peak(module, live_at_peak(build.live_ranges), weights)
   by_class = sum_by_class(held) if held else {}
   # What is exact from shapes; the compiler's figures add padding.
   by_class |= {kind: max(by_class.get(kind, 0), size) for kind, size in counted.items()}

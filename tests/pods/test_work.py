@@ -55,7 +55,7 @@ def test_a_batch_of_products_as_a_convolution():
 ENTRY %main (a: bf16[4,64,32], b: bf16[4,32,16]) -> bf16[4,64,16] {
   %a = bf16[4,64,32]{2,1,0} parameter(0)
   %b = bf16[4,32,16]{2,1,0} parameter(1)
-  ROOT %c = bf16[4,64,16]{2,1,0} convolution(%a, %b), 
+  ROOT %c = bf16[4,64,16]{2,1,0} convolution(%a, %b),
     window={size=4 stride=3 pad=0_0 lhs_dilate=4}, dim_labels=0bf_0io->0bf
 }
 """
