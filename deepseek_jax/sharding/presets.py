@@ -30,3 +30,12 @@ EXPERT = dataclasses.replace(
   expert=('expert',),
 )
 """FSDP over `data`; whole experts over `expert`, which also carries rows of the batch."""
+
+PIPELINE = dataclasses.replace(
+  EXPERT,
+  # Last, so that the rows of a stage are neighbours of those of the others in its pipeline.
+  batch=('replica', 'data', 'expert', 'stage'),
+  stage=('stage',),
+)
+"""EXPERT, and layers over `stage`. What is no layer of a stage is whole on each of them (but for
+what lies on `data` and `expert`), and each does it for its share of the rows."""

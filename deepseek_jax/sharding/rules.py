@@ -84,6 +84,15 @@ class Rules:
       entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
     return PartitionSpec(*entries)
 
+  def without(self, axis: str) -> 'Rules':
+    """Returns the table as it is inside of a `shard_map` over one axis of the mesh: without it."""
+    return Rules(
+      **{
+        field.name: tuple(a for a in getattr(self, field.name) if a != axis)
+        for field in dataclasses.fields(self)
+      }
+    )
+
   def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Pins the layout of an activation inside a jitted function.
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.serialise import from_json
-from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.checkpoint_reader import read_tree, saved_steps, whole_step
@@ -47,7 +46,7 @@ def read_segments(path: pathlib.Path) -> tuple[Segment, ...]:
     raise ConfigError(f'{path}: its config: {message}' for message in error.messages) from None
   if not isinstance(found, Experiment):
     raise ConfigError(f'{path}: its config is no Experiment but {type(found).__name__}')
-  return plan_segments(found.model, found.remat)
+  return found.segments
 
 
 def resume_state(program: Program, checkpoints: Checkpoints, step: int) -> TrainState:
@@ -62,7 +61,7 @@ def resume_state(program: Program, checkpoints: Checkpoints, step: int) -> Train
     ConfigError: it cannot be read, or arrays are missing or differ.
   """
   path = checkpoints.directory / str(step)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  segments = program.experiment.segments
   saved = read_segments(path)
   if saved == segments:
     return checkpoints.restore(program.abstract_state, step).state
@@ -151,7 +150,7 @@ def open_origin(program: Program) -> Origin | None:
     if collection != 'params' and inside.startswith('params/'):
       inside = f'{collection}/{inside.removeprefix("params/")}'
     renamed[address] = dataclasses.replace(piece, address=inside)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  segments = program.experiment.segments
   target = pieces(
     flat({name: getattr(program.abstract_state, name) for name in _COLLECTIONS}), segments
   )

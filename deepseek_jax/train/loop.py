@@ -15,7 +15,6 @@ import numpy as np
 from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.data.recall import RecallData
-from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train import report
 from deepseek_jax.train.checkpoint import Checkpoints
@@ -120,7 +119,7 @@ def train(
     prepare = lambda: _prepare(program, checkpoints, start, origin)  # noqa: E731
     step, state, peak = in_background(prepare, stop)
     data_spec = experiment.data
-    segments = plan_segments(experiment.model, experiment.remat)
+    segments = experiment.segments
     run = _Run(
       experiment=experiment,
       segments=segments,

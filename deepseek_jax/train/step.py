@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.models.decoder import Decoder, init_variables, plan_segments
+from deepseek_jax.models.decoder import Decoder, init_variables
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.optim.balance import update_buffers
 from deepseek_jax.sharding.mesh import make_mesh
@@ -89,7 +89,9 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
     raise ConfigError(errors)
   mesh = make_mesh(experiment.mesh, devices)
   decoder = experiment.model.build(
-    dtype=jnp.dtype(experiment.precision.compute), remat=experiment.remat
+    dtype=jnp.dtype(experiment.precision.compute),
+    remat=experiment.remat,
+    stages=experiment.stages,
   )
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   axes = logical_axes(boxed)
@@ -290,7 +292,7 @@ def keep_trainable(experiment: Experiment, tree: Any) -> Any:
 
 def segments_of(experiment: Experiment) -> tuple[Segment, ...]:
   """Returns the plan of the stack as the run compiles it."""
-  return plan_segments(experiment.model, experiment.remat)
+  return experiment.segments
 
 
 def accepted_steps(state: TrainState) -> jax.Array:
