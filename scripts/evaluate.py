@@ -1,6 +1,5 @@
 """Measures a trained model on held-out text, beside compressors and n-gram models."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -40,6 +39,7 @@ def main() -> None:
   from deepseek_jax.core.serialise import from_json
   from deepseek_jax.data.captions import CaptionData
   from deepseek_jax.data.recall import RecallData
+  from deepseek_jax.hub.pretrained import regrouped
   from deepseek_jax.infer.caption_score import measure_captions
   from deepseek_jax.lab.recall import recall_by_distance, recall_table
   from deepseek_jax.train.checkpoint_reader import (
@@ -63,14 +63,14 @@ def main() -> None:
   step = whole_step(workdir.checkpoints, STEP.value)
   weights: Any = WEIGHTS.value
   params, buffers, config = read_params(workdir.checkpoints / str(step), weights)
-  # A run may go on with another rematerialisation, which may group the layers in another way.
-  saved = from_json(config)
-  program = build_program(dataclasses.replace(experiment, remat=saved.remat))
+  program = build_program(experiment)
   state = program.abstract_state
+  # A run may go on with a rematerialisation, or stages, that group the layers in another way.
+  found = regrouped(
+    {'params': params, 'buffers': buffers}, from_json(config).segments, experiment.segments
+  )
   require_equal_trees(
-    workdir.checkpoints / str(step),
-    {'params': params, 'buffers': buffers},
-    {'params': state.params, 'buffers': state.buffers},
+    workdir.checkpoints / str(step), found, {'params': state.params, 'buffers': state.buffers}
   )
   place = lambda tree, like: jax.tree.map(  # noqa: E731
     lambda x, leaf: jax.device_put(x, leaf.sharding), tree, like
@@ -78,7 +78,8 @@ def main() -> None:
   cache = launch.cache_dir(CACHE_DIR.value)
   data = experiment.data.prepare(cache)
   name = f'{experiment.name}, step {step}'
-  params, buffers = place(params, state.params), place(buffers, state.buffers)
+  params = place(found['params'], state.params)
+  buffers = place(found['buffers'], state.buffers)
   variables = {'params': params, 'buffers': buffers}
   if isinstance(data, RecallData):
     result = evaluate(program, params, buffers, data.heldout)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.infer.sample import Sampler
 from deepseek_jax.layers.context import Context
-from deepseek_jax.models.decoder import Decoder, plan_segments
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.stack import empty_caches
 from deepseek_jax.sharding.rules import Rules
 
@@ -31,7 +31,7 @@ def fresh_caches(decoder: Decoder, batch: int, slots: int, spare: int = 0) -> An
   Of the tokens fed last, up to `spare` can be taken back by feeding earlier positions again.
   """
   # The plan of this very decoder: rematerialisation may have grouped its layers otherwise.
-  segments = plan_segments(decoder.config, decoder.remat)
+  segments = decoder.segments
   return whole(empty_caches(segments, batch, slots, decoder.dtype, spare))
 
 

@@ -1,5 +1,6 @@
 """What every layer may need to know about the tokens it is given."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -121,6 +122,13 @@ class Context:
   def own(self) -> Seen:
     """Says that the tokens see those before them in their own segment."""
     return Seen(self.positions, self.positions, self.segments, self.segments)
+
+  def rows(self, function: Callable[[jax.Array], jax.Array]) -> 'Context':
+    """Returns the context with a function applied to every array that has rows, [B, ...]."""
+    names = ('tokens', 'positions', 'segments', 'modality', 'images', 'placeholders', 'memory')
+    return dataclasses.replace(
+      self, **{name: jax.tree.map(function, getattr(self, name)) for name in names}
+    )
 
   def slots(self, room: int) -> jax.Array:
     """Returns the slot of each token in a cache of `room` slots, [B, T]: its position.

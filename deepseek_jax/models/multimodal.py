@@ -14,6 +14,7 @@ from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.encoder import Encoder
 from deepseek_jax.models.mtp import MTP
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.ops.patch import place_media
@@ -58,9 +59,14 @@ class Multimodal:
     """Returns the layers of the decoder, first to last."""
     return self.text.layers()
 
-  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(
+    self,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat | None = None,
+    stages: Stages | None = None,
+  ) -> Decoder:
     """Returns the module: tokens [B, T] and pictures -> hidden states [B, T, D]."""
-    return MultimodalDecoder(self, dtype, remat)
+    return MultimodalDecoder(self, dtype, remat, stages)
 
 
 class MultimodalDecoder(Decoder):

@@ -15,9 +15,12 @@ from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
+from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
 from deepseek_jax.models.multimodal import Multimodal
+from deepseek_jax.models.pipeline import AXIS, GPipe, Interleaved, Stages
+from deepseek_jax.models.plan import Segment
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import ProportionalBias, SignBias
 from deepseek_jax.optim.compression import DiLoCo, Exact, Quantised
@@ -25,7 +28,7 @@ from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
 from deepseek_jax.sharding.mesh import MeshConfig
-from deepseek_jax.sharding.presets import CONTEXT, EXPERT, FSDP, TENSOR
+from deepseek_jax.sharding.presets import CONTEXT, EXPERT, FSDP, PIPELINE, POD, TENSOR
 from deepseek_jax.sharding.rules import Rules, shard_count
 from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.init_from import InitFrom
@@ -89,6 +92,7 @@ class Experiment:
       it to the compiler, as one sum over the whole batch.
     microbatches: equal parts of a batch that are run one after the other; gradients are summed.
     remat: what the backward pass recomputes, or None to remember everything.
+    pipeline: how microbatches go through the stages of the mesh, or None where there is one.
     precision: compute dtype; parameters stay float32.
     mesh: how devices are laid out.
     rules: which array axes lie on which mesh axes.
@@ -115,9 +119,15 @@ class Experiment:
   reduction: Exact | Quantised | DiLoCo | None = None
   microbatches: int = 1
   remat: EveryLayer | SquareRoot | Save | Compressed | None = None
+  pipeline: GPipe | Interleaved | None = None
   precision: Precision = Float32()
   mesh: MeshConfig = MeshConfig()
-  rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT, CONTEXT=CONTEXT)] = FSDP
+  rules: Annotated[
+    Rules,
+    Presets(
+      FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT, CONTEXT=CONTEXT, PIPELINE=PIPELINE, POD=POD
+    ),
+  ] = FSDP
   context_parallel: ContextParallel = Ring()
   cadence: Cadence = Cadence()
   prompts: tuple[str, ...] = ()
@@ -142,6 +152,16 @@ class Experiment:
       errors.append(f'`seed` is {self.seed}; expected 0 to {2**32 - 1}')
     if errors:
       raise ConfigError(errors)
+
+  @property
+  def stages(self) -> Stages | None:
+    """The pipeline on the stages of the mesh, or None without one."""
+    return None if self.pipeline is None else Stages(self.pipeline, self.mesh.stage)
+
+  @property
+  def segments(self) -> tuple[Segment, ...]:
+    """The scans that run the layers, in training and in checkpoints."""
+    return plan_segments(self.model, self.remat, self.stages)
 
   def check(self, devices: int) -> list[str]:
     """Returns everything that is wrong between the parts on `devices` devices, as messages."""
@@ -171,7 +191,7 @@ class Experiment:
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices) + self._check_dispatch(devices)
       errors += check_shared_rows(self, devices)
-      errors += self._check_placement(devices)
+      errors += self._check_placement(devices) + self._check_stages(devices)
     return errors + self._check_tables() + self._check_experts() + self._check_images()
 
   def _mixtures(self) -> list[MoE]:
@@ -218,6 +238,25 @@ class Experiment:
       for moe in self._mixtures()
       for message in moe.dispatch.check(moe.slots, sizes, self.rules)
     ]
+
+  def _check_stages(self, devices: int) -> list[str]:
+    """Layers can be cut over the stages of the mesh, and rows into microbatches for them."""
+    stages = self.stages
+    if stages is None:
+      used = any(AXIS in axes for axes in dataclasses.asdict(self.rules).values())
+      if self.mesh.stage == 1 or used:
+        return []
+      return [
+        f'mesh.stage is {self.mesh.stage}, but pipeline is None: every stage would do the same; '
+        "try pipeline='GPipe(microbatches=4)' and rules=PIPELINE"
+      ]
+    rows = self.data.batch_size // self.microbatches
+    errors = stages.check(self.mesh.sizes(devices), self.rules, rows)
+    try:
+      plan_segments(self.model, self.remat, stages)
+    except ConfigError as error:
+      errors += error.messages
+    return [f'pipeline {type(self.pipeline).__name__}: {message}' for message in errors]
 
   def _check_placement(self, devices: int) -> list[str]:
     """Slots of experts can be filled on this mesh."""

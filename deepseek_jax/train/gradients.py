@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.models.decoder import Decoder, plan_segments
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.expert_lifecycle import split_taps, with_taps
@@ -156,7 +156,7 @@ def keep_trainable(experiment: Experiment, tree: Any) -> Any:
 
 def segments_of(experiment: Experiment) -> tuple[Segment, ...]:
   """Returns the plan of the stack as the run compiles it."""
-  return plan_segments(experiment.model, experiment.remat)
+  return experiment.segments
 
 
 def split_rows(batch: Batch, parts: int) -> Batch:

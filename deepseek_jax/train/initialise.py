@@ -13,7 +13,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.serialise import from_json
 from deepseek_jax.data.progress import say
-from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.checkpoint_reader import read_tree, saved_steps, whole_step
@@ -51,7 +50,7 @@ def read_segments(path: pathlib.Path) -> tuple[Segment, ...]:
     raise ConfigError(f'{path}: its config: {message}' for message in error.messages) from None
   if not isinstance(found, Experiment):
     raise ConfigError(f'{path}: its config is no Experiment but {type(found).__name__}')
-  return plan_segments(found.model, found.remat)
+  return found.segments
 
 
 def resume_state(
@@ -97,7 +96,7 @@ def _resume(
 ) -> TrainState:
   """Reads a checkpoint into the shapes and layouts of `wanted`."""
   path = checkpoints.directory / str(step)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  segments = program.experiment.segments
   saved = read_segments(path)
   if saved == segments:
     return checkpoints.restore(wanted, step).state
@@ -186,7 +185,7 @@ def open_origin(program: Program) -> Origin | None:
     if collection != 'params' and inside.startswith('params/'):
       inside = f'{collection}/{inside.removeprefix("params/")}'
     renamed[address] = dataclasses.replace(piece, address=inside)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  segments = program.experiment.segments
   target = pieces(
     flat({name: getattr(program.abstract_state, name) for name in _COLLECTIONS}), segments
   )

@@ -14,7 +14,6 @@ import numpy as np
 from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.data.recall import RecallData
-from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.sharding.agreement import from_first, gather, in_turn
 from deepseek_jax.sharding.host_rows import put_whole
@@ -130,7 +129,7 @@ def train(
       display.message(origin.describe())
     prepare = lambda: _prepare(program, restart, origin)  # noqa: E731
     step, state, peak = team.in_background(prepare, stop)
-    segments = plan_segments(experiment.model, experiment.remat)
+    segments = experiment.segments
     run = _Run(
       experiment=experiment,
       segments=segments,

@@ -100,7 +100,9 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
     raise ConfigError(errors)
   mesh = make_mesh(experiment.mesh, devices)
   decoder = experiment.model.build(
-    dtype=jnp.dtype(experiment.precision.compute), remat=experiment.remat
+    dtype=jnp.dtype(experiment.precision.compute),
+    remat=experiment.remat,
+    stages=experiment.stages,
   )
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   axes = logical_axes(boxed)
