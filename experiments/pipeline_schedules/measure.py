@@ -33,7 +33,7 @@ KINDS = (GPipe(), OneFOneB(), ZeroBubbleH1(), ZeroBubbleH2())
 class Pipeline:
   """Two processes, and how to speak to them."""
 
-  def __init__(self, cut: Sequence[tuple[int, int]], microbatches: int, tiny: bool = False):
+  def __init__(self, cut: Sequence[tuple[int, int]], counts: list[int], tiny: bool = False):
     """Starts them and waits until they are ready; `tiny` is the model for tests."""
     self.tiny = tiny
     context = multiprocessing.get_context('spawn')
@@ -48,7 +48,7 @@ class Pipeline:
       arguments = (cores[chunk], chunk, STAGES - 1, theirs, neighbours[chunk])
       process = context.Process(target=worker.work, args=arguments, daemon=True)
       process.start()
-      mine.send((cut[chunk], microbatches, ROWS, tiny))
+      mine.send((cut[chunk], counts, ROWS, tiny))
       self.parents.append(mine)
       self.processes.append(process)
     self.answers()
@@ -115,7 +115,7 @@ def run_kinds(pipeline: Pipeline, microbatches: int, rounds: int) -> list[dict[s
   for turn in range(rounds + 1):
     for name, timeline in timelines.items():
       orders = [[slot[0] for slot in order] for order in timeline.plan.orders]
-      answers = pipeline.ask(*[('run', order) for order in orders])
+      answers = pipeline.ask(*[('run', microbatches, order) for order in orders])
       found = pipeline.ask(*[('gradients',)] * STAGES)
       if turn == 0:
         gradients[name] = found
@@ -245,18 +245,17 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--microbatches', default='4,8')
   parser.add_argument('--rounds', type=int, default=9)
-  parser.add_argument('--cut', type=int, default=7, help='units of the first stage')
+  parser.add_argument('--cut', type=int, default=6, help='units of the first stage')
   parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('results.jsonl'))
   arguments = parser.parse_args()
   from deepseek_jax.pods.schedule.units import model_units
 
   units = len(model_units(_experiment()))
   cut = ((0, arguments.cut), (arguments.cut, units))
-  rows = []
-  for microbatches in map(int, arguments.microbatches.split(',')):
-    pipeline = Pipeline(cut, microbatches)
-    rows += run_kinds(pipeline, microbatches, arguments.rounds)
-    pipeline.close()
+  counts = [int(count) for count in arguments.microbatches.split(',')]
+  pipeline = Pipeline(cut, counts)
+  rows = [row for count in counts for row in run_kinds(pipeline, count, arguments.rounds)]
+  pipeline.close()
   lines = (json.dumps(row) + '\n' for row in rows)
   arguments.output.write_text(''.join(lines), encoding='utf-8')
   print(report(rows))

@@ -1,5 +1,6 @@
 """The model that the pipeline runs, its data, and a stage of it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from deepseek_jax.train.objective import Totals, batch_totals
 
 CHANGES: dict[str, Any] = {
   'name': 'pipeline_schedules',
-  'model.depth': 7,
+  'model.depth': 5,
   'data.length': 128,
   'precision': Float32(),
 }
@@ -63,31 +64,34 @@ def totals_of(config: Experiment, batch: Batch) -> Totals:
 
 
 def stage(
-  config: Experiment, cut: tuple[int, int], microbatches: int, rows: int
-) -> tuple[Unit, Split, Any, tuple[list[Data], Any]]:
+  config: Experiment, cut: tuple[int, int], counts: Sequence[int], rows: int
+) -> tuple[Unit, Split, Any, tuple[dict[int, list[Data]], Any]]:
   """Builds a stage.
 
   Args:
     config: the run.
     cut: the first unit of the stage, and the first beyond it.
-    microbatches: of a step.
+    counts: numbers of microbatches of a step.
     rows: of one microbatch.
 
   Returns:
-    The stage's unit, its split backward pass, its weights, and the data of every microbatch with
-    the shapes of what comes in.
+    The stage's unit, its split backward pass, its weights, and the data of every microbatch of
+    steps with as many, with the shapes of what comes in.
   """
   units = model_units(config)
   unit = join(units[slice(*cut)])
   params, buffers = jax.jit(lambda: init_canonical(config))()
-  batch = batch_of(config, microbatches * rows)
-  totals = totals_of(config, batch)
-  data = []
-  for m in range(microbatches):
-    part = jax.tree.map(lambda x, m=m: jnp.asarray(x[m * rows : (m + 1) * rows]), batch)
-    data.append(Data(part, buffers, totals.targets, jnp.float32(totals.rows)))
+  data: dict[int, list[Data]] = {}
+  for count in counts:
+    batch = batch_of(config, count * rows)
+    totals = totals_of(config, batch)
+    data[count] = []
+    for m in range(count):
+      part = jax.tree.map(lambda x, m=m: jnp.asarray(x[m * rows : (m + 1) * rows]), batch)
+      data[count].append(Data(part, buffers, totals.targets, jnp.float32(totals.rows)))
+  one = data[counts[0]][0]
   x: Any = {}
   if cut[0]:
-    x = jax.eval_shape(units[0].run, units[0].weights(params), {}, data[0])
+    x = jax.eval_shape(units[0].run, units[0].weights(params), {}, one)
   weights = unit.weights(params)
-  return unit, split(unit.run, weights, x, data[0], 'cpu'), weights, (data, x)
+  return unit, split(unit.run, weights, x, one, 'cpu'), weights, (data, x)

@@ -50,7 +50,7 @@ class Inbox:
 class Stage:
   """Compiled programs of a stage, its weights, and what it remembers."""
 
-  def __init__(self, cut: tuple[int, int], microbatches: int, rows: int, tiny: bool):
+  def __init__(self, cut: tuple[int, int], counts: list[int], rows: int, tiny: bool):
     """Builds and compiles; the first call of each program is made here."""
     import jax
     import jax.numpy as jnp
@@ -59,8 +59,9 @@ class Stage:
 
     self.jax = jax
     experiment = model.experiment(tiny)
-    self.unit, self.parts, self.weights, given = model.stage(experiment, cut, microbatches, rows)
-    self.data, x = given
+    self.unit, self.parts, self.weights, given = model.stage(experiment, cut, counts, rows)
+    self.data_of, x = given
+    self.data = self.data_of[counts[0]]
     self.forward = jax.jit(self.parts.forward)
     self.backward_input = jax.jit(self.parts.backward_input)
 
@@ -189,6 +190,8 @@ def work(
     elif command == 'transfer':
       parent.send(time_transfer(chunk, inboxes, arguments[0], arguments[1]))
     elif command == 'run':
-      parent.send(run_order(stage, arguments[0], chunk, last, inboxes))
+      count, order = arguments
+      stage.data = stage.data_of[count]
+      parent.send(run_order(stage, order, chunk, last, inboxes))
     elif command == 'gradients':
       parent.send(stage.take_gradients())

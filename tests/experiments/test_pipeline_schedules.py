@@ -35,7 +35,7 @@ def test_gradients_were_those_of_one_process(rows):
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one():
   units = len(model_units(model.experiment(tiny=True)))
-  pipeline = measure.Pipeline(((0, 3), (3, units)), 4, tiny=True)
+  pipeline = measure.Pipeline(((0, 3), (3, units)), [4], tiny=True)
   try:
     found = measure.run_kinds(pipeline, 4, rounds=1)
   finally:

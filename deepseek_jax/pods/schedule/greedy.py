@@ -4,11 +4,14 @@ import dataclasses
 import heapq
 import itertools
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.pods.schedule.kinds import ZeroBubbleV, check_numbers, one_way
 from deepseek_jax.pods.schedule.plan import FORWARD, INPUT, WEIGHT, Cost, Op, Plan
 from deepseek_jax.pods.schedule.simulate import simulate, slot_time
+
+Order = Literal['chunk', 'microbatch']
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,20 +19,24 @@ class Rule:
   """How a device chooses among what it could do.
 
   Attributes:
-    forward_first: prefers a forward to a backward pass while memory lasts.
-    deep_first: among forward passes, prefers the later chunk to the earlier microbatch.
+    kinds: of work, the most wanted first.
+    order: among forward passes, whether the later chunk goes before the earlier microbatch.
     patience: waits for a pass that arrives within this share of the time of the gradient of
       weights that it could make meanwhile.
   """
 
-  forward_first: bool
-  deep_first: bool
+  kinds: tuple[str, ...]
+  order: Order
   patience: float
 
 
 RULES = tuple(
-  Rule(forward_first=forward, deep_first=deep, patience=patience)
-  for forward, deep, patience in itertools.product((False, True), (True, False), (0.0, 0.6))
+  Rule(kinds=kinds, order=order, patience=patience)
+  for kinds, order, patience in itertools.product(
+    ((INPUT, FORWARD, WEIGHT), (FORWARD, INPUT, WEIGHT)),
+    get_args(Order),
+    (0.0, 0.6),
+  )
 )
 
 SHARES = (1.0, 0.8, 0.65)
@@ -154,6 +161,6 @@ class _Search:
     return best, None
 
   def _rank(self, op: Op) -> tuple:
-    kinds = (FORWARD, INPUT, WEIGHT) if self.rule.forward_first else (INPUT, FORWARD, WEIGHT)
-    depth = -op.chunk if self.rule.deep_first or op.kind == INPUT else 0
-    return kinds.index(op.kind), depth, op.microbatch, -op.chunk
+    deep = self.rule.order == 'chunk' or op.kind == INPUT
+    depth = -op.chunk if deep else 0
+    return self.rule.kinds.index(op.kind), depth, op.microbatch, -op.chunk

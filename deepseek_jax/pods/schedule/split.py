@@ -68,60 +68,63 @@ def split(function: Callable[..., Any], weights: Any, x: Any, data: Any, platfor
 
   y = jax.eval_shape(function, weights, x, data)
   closed, shapes = jax.make_jaxpr(all_of, return_shape=True)(weights, x, data, y)
-  program = _Program(closed, platform)
-  inputs = _cut((weights, x, data, y), program.inputs)
-  in_weights, in_x, in_data, in_cotangent = inputs
-  outputs = _cut(shapes, program.outputs)
-  always = {*in_weights, *in_data, *program.constants}
-  program.set_apart(always)
-  forward_eqns, rest = program.needed(outputs[0], program.equations)
-  backward_eqns, _ = program.needed([*outputs[1], *outputs[2]], rest)
-  input_eqns, _ = program.needed(outputs[1], rest)
-  weight_eqns, _ = program.needed(
-    outputs[2], [e for e in map(_repeater(input_eqns, outputs[1]), backward_eqns) if e is not None]
-  )
-  always |= {name for equation in program.fixed for name in equation.makes}
-  kept = _read(backward_eqns, [*outputs[1], *outputs[2]], always | {*in_cotangent})
-  left = _read(weight_eqns, outputs[2], always)
-  trees = [jax.tree.structure(shape) for shape in shapes]
-
-  def run(equations, named, results):
-    return program.run(equations, dict(named), results)
-
-  def forward(weights, x, data):
-    named = _named((in_weights, weights), (in_x, x), (in_data, data))
-    found = run(forward_eqns, named, [*outputs[0], *kept])
-    size = len(outputs[0])
-    return jax.tree.unflatten(trees[0], found[:size]), tuple(found[size:])
-
-  def backward_input(weights, data, kept_values, cotangent):
-    named = _named(
-      (in_weights, weights), (in_data, data), (kept, kept_values), (in_cotangent, cotangent)
-    )
-    found = run(input_eqns, named, [*outputs[1], *left])
-    size = len(outputs[1])
-    return jax.tree.unflatten(trees[1], found[:size]), tuple(found[size:])
-
-  def backward_weight(weights, data, left_values):
-    named = _named((in_weights, weights), (in_data, data), (left, left_values))
-    return jax.tree.unflatten(trees[2], run(weight_eqns, named, outputs[2]))
-
-  def backward(weights, data, kept_values, cotangent):
-    named = _named(
-      (in_weights, weights), (in_data, data), (kept, kept_values), (in_cotangent, cotangent)
-    )
-    found = run(backward_eqns, named, [*outputs[1], *outputs[2]])
-    size = len(outputs[1])
-    return jax.tree.unflatten(trees[1], found[:size]), jax.tree.unflatten(trees[2], found[size:])
-
+  parts = _Parts(_Program(closed, platform), (weights, x, data, y), shapes)
   return Split(
-    forward=forward,
-    backward_input=backward_input,
-    backward_weight=backward_weight,
-    backward=backward,
-    kept_bytes=_bytes(kept),
-    left_bytes=_bytes(left),
+    forward=parts.forward,
+    backward_input=parts.backward_input,
+    backward_weight=parts.backward_weight,
+    backward=parts.backward,
+    kept_bytes=_bytes(parts.kept),
+    left_bytes=_bytes(parts.left),
   )
+
+
+class _Parts:
+  """A flat program of (output, gradient of the input, of the weights), and what each part does."""
+
+  def __init__(self, program: '_Program', inputs: Sequence[Any], shapes: Sequence[Any]):
+    self.program = program
+    self.trees = [jax.tree.structure(shape) for shape in shapes]
+    self.weights, self.x, self.data, self.cotangent = _cut(inputs, program.inputs)
+    self.y, self.for_x, self.for_weights = _cut(shapes, program.outputs)
+    program.set_apart({*self.weights, *self.data, *program.constants})
+    self.first, rest = program.needed(self.y, program.equations)
+    self.both, _ = program.needed([*self.for_x, *self.for_weights], rest)
+    self.second, _ = program.needed(self.for_x, rest)
+    again = map(_repeater(self.second, self.for_x), self.both)
+    self.third, _ = program.needed(self.for_weights, [e for e in again if e is not None])
+    always = {*self.weights, *self.data, *program.constants}
+    always |= {name for equation in program.fixed for name in equation.makes}
+    results = [*self.for_x, *self.for_weights]
+    self.kept = _read(self.both, results, always | {*self.cotangent})
+    self.left = _read(self.third, self.for_weights, always)
+
+  def forward(self, weights, x, data):
+    named = _named((self.weights, weights), (self.x, x), (self.data, data))
+    found = self.program.run(self.first, named, [*self.y, *self.kept])
+    size = len(self.y)
+    return jax.tree.unflatten(self.trees[0], found[:size]), tuple(found[size:])
+
+  def backward_input(self, weights, data, kept, cotangent):
+    named = self._given(weights, data, kept, cotangent)
+    found = self.program.run(self.second, named, [*self.for_x, *self.left])
+    size = len(self.for_x)
+    return jax.tree.unflatten(self.trees[1], found[:size]), tuple(found[size:])
+
+  def backward_weight(self, weights, data, left):
+    named = _named((self.weights, weights), (self.data, data), (self.left, left))
+    return jax.tree.unflatten(self.trees[2], self.program.run(self.third, named, self.for_weights))
+
+  def backward(self, weights, data, kept, cotangent):
+    named = self._given(weights, data, kept, cotangent)
+    found = self.program.run(self.both, named, [*self.for_x, *self.for_weights])
+    for_x, for_weights = found[: len(self.for_x)], found[len(self.for_x) :]
+    return jax.tree.unflatten(self.trees[1], for_x), jax.tree.unflatten(self.trees[2], for_weights)
+
+  def _given(self, weights, data, kept, cotangent):
+    return _named(
+      (self.weights, weights), (self.data, data), (self.kept, kept), (self.cotangent, cotangent)
+    )
 
 
 class _Equation:
@@ -267,9 +270,13 @@ def _cut(trees: Sequence[Any], names: list[_Name]) -> list[list[_Name]]:
   return found
 
 
-def _named(*pairs: tuple[Sequence[_Name], Any]) -> list[tuple[_Name, Any]]:
+def _named(*pairs: tuple[Sequence[_Name], Any]) -> dict[_Name, Any]:
   """Names the leaves of trees."""
-  return [pair for names, tree in pairs for pair in zip(names, jax.tree.leaves(tree), strict=True)]
+  return {
+    name: leaf
+    for names, tree in pairs
+    for name, leaf in zip(names, jax.tree.leaves(tree), strict=True)
+  }
 
 
 def _read(equations, results, known) -> list[_Name]:

@@ -16,12 +16,7 @@ from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.models.cost import training_flops, weights_of
 from deepseek_jax.models.decoder import canonical, init_variables, plan_segments
 from deepseek_jax.models.remat import EveryLayer
-from deepseek_jax.pods.schedule.measure import (
-  count_costs,
-  init_canonical,
-  measure_costs,
-  split_units,
-)
+from deepseek_jax.pods.schedule.measure import count_costs, init_canonical, measure_costs
 from deepseek_jax.pods.schedule.split import split
 from deepseek_jax.pods.schedule.units import Data, join, model_units
 from deepseek_jax.sharding.rules import logical_axes
@@ -169,7 +164,7 @@ def test_pictures_are_refused():
     model_units(image_caption.get_config())
 
 
-def test_equal_units_are_split_once():
+def test_units_are_named_and_equal_ones_known():
   config = shallow(3)
   units = model_units(config)
   assert [unit.name for unit in units] == [
@@ -180,4 +175,3 @@ def test_equal_units_are_split_once():
     'head and MTP',
   ]
   assert len({unit.key for unit in units}) == 4
-  assert callable(split_units)
