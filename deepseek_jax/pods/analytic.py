@@ -33,18 +33,17 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.cost import forward_flops, making_flops, weights_of
-from deepseek_jax.models.decoder import init_variables
+from deepseek_jax.models.decoder import init_variables, plan_segments
 from deepseek_jax.models.remat import Compressed, Save, SquareRoot
 from deepseek_jax.pods.collective import Collective, collective_seconds, lay_out
 from deepseek_jax.pods.estimate import Machine, machine_of
 from deepseek_jax.pods.topology import Topology, places
 from deepseek_jax.sharding.mesh import MESH_AXES, MeshConfig, arrange
+from deepseek_jax.sharding.presets import FSDP
 from deepseek_jax.sharding.rules import check_divisible, logical_axes, shard_count
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import make_init, state_specs
-
-_NO_MESH = MeshConfig()
 
 STREAM_TRAFFIC = 24
 """Times that one pass of a layer moves its stream between memory and the core, about: norms, what
@@ -92,7 +91,7 @@ class Shapes:
   axes: dict[str, Any]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def shapes_of(experiment: Experiment) -> Shapes:
   """Returns the shapes of a run's state; computes and compiles nothing."""
   decoder = experiment.model.build(
@@ -106,6 +105,14 @@ def shapes_of(experiment: Experiment) -> Shapes:
   return Shapes(state, axes)
 
 
+def _shape_key(experiment: Experiment) -> Experiment:
+  """The run without what changes no shape of its state."""
+  model, remat = experiment.model, experiment.remat
+  if plan_segments(model, remat) == plan_segments(model, None):
+    remat = None
+  return dataclasses.replace(experiment, mesh=MeshConfig(), rules=FSDP, microbatches=1, remat=remat)
+
+
 def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
   """Estimates a training step without compiling it.
 
@@ -117,7 +124,7 @@ def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
     ConfigError: arrays do not divide among the devices.
   """
   sizes = dict(machine.sizes)
-  shapes = shapes_of(dataclasses.replace(experiment, mesh=_NO_MESH, microbatches=1))
+  shapes = shapes_of(_shape_key(experiment))
   specs = state_specs(experiment, shapes.state, shapes.axes)
   errors = check_divisible(shapes.state.params, specs.params, sizes)
   if errors:
@@ -357,6 +364,11 @@ def rough_machine(experiment: Experiment, topology: Topology) -> Machine:
   Raises:
     ConfigError: the axes do not multiply to the number of devices.
   """
-  found = experiment.mesh.sizes(topology.devices)
+  return _machine(experiment.mesh, topology)
+
+
+@functools.lru_cache(maxsize=256)
+def _machine(mesh: MeshConfig, topology: Topology) -> Machine:
+  found = mesh.sizes(topology.devices)
   sizes = {axis: found[axis] for axis in MESH_AXES}
   return machine_of(topology, sizes, arrange(places(topology), tuple(sizes.values())).reshape(-1))

@@ -27,6 +27,7 @@ class Chip:
     hbm_bandwidth: bytes a second between memory and the core.
     ici_axes: axes of the torus that chips are wired in.
     ici_link: bytes a second that one link carries one way; an axis has a link each way.
+    hop_seconds: until the first byte of an exchange is one chip further.
     dcn_bandwidth: bytes a second to other slices, through the host.
     vmem_bytes: memory beside the core that the compiler manages.
     ring: shortest axis of a slice that is closed to a ring, in chips.
@@ -41,6 +42,7 @@ class Chip:
   hbm_bandwidth: float
   ici_axes: int
   ici_link: float
+  hop_seconds: float = 1e-6
   dcn_bandwidth: float
   vmem_bytes: float
   ring: int
@@ -61,6 +63,7 @@ class Chip:
 # - ici_link: the bidirectional bandwidth of a chip [T] [E] over its links and both ways. v5p 1200
 #   GB/s: 6 links, 100 GB/s one way; v6e 800: 4 links, 100; TPU7x 1200: 6 links, 100, of which each
 #   of its two devices has half; v5e 1600 Gbit/s one way: 4 links, 50.
+# - hop_seconds: about a microsecond, the scaling book of JAX, "Sharded matrices".
 # - dcn_bandwidth: [T] 50, 100, 100 Gbit/s a chip; [E] v5e 6.4 Tbit/s a pod of 256 chips.
 # - vmem_bytes: [J]. hbm_bytes: [L] 15.75, 95.73, 31.24 and 94.74 GiB a device.
 # - ring: [E] and docs.cloud.google.com/tpu/docs/v5p: axes of 16 (v5e, v6e), multiples of 4 (3-D).
