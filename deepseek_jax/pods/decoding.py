@@ -161,7 +161,7 @@ def plan_decoding(
     command: that repeats the plan.
   """
   decoding = build_decoding(experiment, devices, rows, slots)
-  build = compile_program(lambda: decoding.step.lower(*decoding.arguments))
+  build = compile_program(lambda: decoding.step.lower(*decoding.arguments), for_tpu=True)
   return read_decoding(decoding, topology, build, slots, command)
 
 

@@ -45,7 +45,7 @@ def plan_training(
   """
   program = build_program(resolved(experiment, BFloat16()), list(devices))
   state, batch = program.abstract_state, program.abstract_batch()
-  build = compile_program(lambda: program.step.lower(state, batch))
+  build = compile_program(lambda: program.step.lower(state, batch), for_tpu=True)
   return read_training(program, topology, build, command)
 
 
