@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from deepseek_jax.core.describe import bytes_text, si, table
+from deepseek_jax.pods.analytic import Rough
 from deepseek_jax.pods.memory import CLASSES
 from deepseek_jax.pods.plan import Part, Plan, Traffic
+from deepseek_jax.pods.topology import Topology
 
 GIB = 2**30
 
@@ -30,6 +32,25 @@ def describe(plan: Plan, rows: int = 12) -> str:
     parts.append(_traffic(plan, rows))
   parts += [_time(plan), _notes(plan), verdict(plan)]
   return '\n\n'.join(part for part in parts if part)
+
+
+def describe_rough(rough: Rough, topology: Topology) -> str:
+  """Returns a rough plan: memory, time by what it goes to, and whether it would fit."""
+  chip = topology.chip
+  memory = [(kind, bytes_text(size)) for kind, size in rough.memory.items() if size]
+  memory += [('together', bytes_text(rough.total_bytes)), ('usable', bytes_text(chip.hbm_bytes))]
+  mfu = rough.model_flops / (rough.step_seconds * chip.rate('bf16'))
+  time = [(what, f'{seconds:.4g} s') for what, seconds in rough.seconds.items()]
+  time += [('step', f'{rough.step_seconds:.4g} s'), ('model FLOPs utilisation', _percent(mfu))]
+  sent = [(axes, what, bytes_text(size)) for (axes, what), size in rough.exchanged.items()]
+  spare = (chip.hbm_bytes - rough.total_bytes) / GIB
+  last = f'fits: {spare:.1f} GiB to spare' if spare >= 0 else f'does not fit: {-spare:.1f} GiB over'
+  return '\n\n'.join((
+    table(memory, ('memory of a device, roughly', '')),
+    table(sent, ('sent along', 'what', 'bytes')),
+    table(time, ('time of a step, roughly', '')),
+    f'{last} (roughly: nothing was compiled)',
+  ))  # fmt: skip
 
 
 def verdict(plan: Plan) -> str:
