@@ -156,13 +156,14 @@ def _time(plan: Plan) -> str:
   busy = ', '.join(f'{kind} {seconds:.4g}' for kind, seconds in time.busy_seconds.items())
   exposed = sum(time.exposed_seconds.values())
   rows = [
-    ('step', f'{time.step_seconds:.4g} s'),
+    ('step, at the rates of the device', f'{time.step_seconds:.4g} s'),
+    ("step, by the compiler's cycles", f'{time.slow_seconds:.4g} s'),
     ('core busy, by what bounds it', f'{sum(time.busy_seconds.values()):.4g} s ({busy})'),
     ('waiting for exchanges', f'{exposed:.4g} s of {sum(time.exchange_seconds.values()):.4g} s'),
     ('tokens a second', f'{plan.tokens / time.step_seconds:,.0f}'),
     ('FLOPs a device, done', si(plan.flops)),
     ('FLOPs a device, of the model', si(plan.model_flops)),
-    ('model FLOPs utilisation', _percent(plan.mfu)),
+    ('model FLOPs utilisation', f'{_percent(plan.mfu)} and {_percent(plan.slow_mfu)}'),
     ('bound by', time.bound),
   ]
   return table(rows, ('estimated time', ''))
