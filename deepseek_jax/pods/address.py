@@ -8,7 +8,7 @@ _BRANCH = re.compile(r'^(?:branch_\d+_fun|block_\d+)$')
 _NOISE = frozenset({
   'while', 'body', 'cond', 'closed_call', 'eval_jaxpr', 'shard_map', 'rematted_computation',
   'checkpoint', 'scan', 'run', 'core_call', 'custom_vjp_call', 'custom_jvp_call', 'pjit',
-  'attend', 'stack',
+  'attend', 'stack', 'Decoder',
 })  # fmt: skip
 """Scopes that say how something is run and not what made it."""
 

@@ -8,7 +8,9 @@ The model, in full:
 - Temporaries: the largest of one layer's working set, forward and backward (queries, keys, values
   and their gradients; the room of the experts' rows, its hidden units, twice), and of the logits of
   a chunk; and two layers' weights, gathered.
-- Work: three times the model's forward FLOPs, and the layers' once more where `remat` recomputes.
+- Work: three times the model's forward FLOPs; the layers' once more where `remat` recomputes, but
+  for the last product of a dense feed-forward, which no gradient needs; and one and a half times
+  the mixing of attention, whose kernels make their scores again for each of two gradients.
 - Memory traffic: the state read and written, gradients read and written, gathered weights read in
   every pass of every microbatch, and 24 times the stream of each layer and pass.
 - Exchanges, of each microbatch: weights gathered in every pass (compute dtype) and their gradients
@@ -32,19 +34,18 @@ import numpy as np
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.moe import MoE
-from deepseek_jax.models.cost import forward_flops, making_flops, weights_of
-from deepseek_jax.models.decoder import init_variables
+from deepseek_jax.models.cost import Weight, forward_flops, making_flops, weights_of
+from deepseek_jax.models.decoder import init_variables, plan_segments
 from deepseek_jax.models.remat import Compressed, Save, SquareRoot
 from deepseek_jax.pods.collective import Collective, collective_seconds, lay_out
 from deepseek_jax.pods.estimate import Machine, machine_of
 from deepseek_jax.pods.topology import Topology, places
 from deepseek_jax.sharding.mesh import MESH_AXES, MeshConfig, arrange
+from deepseek_jax.sharding.presets import FSDP
 from deepseek_jax.sharding.rules import check_divisible, logical_axes, shard_count
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import make_init, state_specs
-
-_NO_MESH = MeshConfig()
 
 STREAM_TRAFFIC = 24
 """Times that one pass of a layer moves its stream between memory and the core, about: norms, what
@@ -92,7 +93,7 @@ class Shapes:
   axes: dict[str, Any]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def shapes_of(experiment: Experiment) -> Shapes:
   """Returns the shapes of a run's state; computes and compiles nothing."""
   decoder = experiment.model.build(
@@ -106,6 +107,14 @@ def shapes_of(experiment: Experiment) -> Shapes:
   return Shapes(state, axes)
 
 
+def _shape_key(experiment: Experiment) -> Experiment:
+  """The run without what changes no shape of its state."""
+  model, remat = experiment.model, experiment.remat
+  if plan_segments(model, remat) == plan_segments(model, None):
+    remat = None
+  return dataclasses.replace(experiment, mesh=MeshConfig(), rules=FSDP, microbatches=1, remat=remat)
+
+
 def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
   """Estimates a training step without compiling it.
 
@@ -117,7 +126,7 @@ def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
     ConfigError: arrays do not divide among the devices.
   """
   sizes = dict(machine.sizes)
-  shapes = shapes_of(dataclasses.replace(experiment, mesh=_NO_MESH, microbatches=1))
+  shapes = shapes_of(_shape_key(experiment))
   specs = state_specs(experiment, shapes.state, shapes.axes)
   errors = check_divisible(shapes.state.params, specs.params, sizes)
   if errors:
@@ -134,10 +143,11 @@ def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
   )
   data, devices = experiment.data, math.prod(sizes.values())
   tokens = data.batch_size * data.length / devices
-  forward = forward_flops(experiment.model, listed, data.length) * tokens
-  forward += making_flops(experiment.model) * experiment.microbatches
+  making = making_flops(experiment.model) * experiment.microbatches
+  forward = forward_flops(experiment.model, listed, data.length) * tokens + making
   again = 0.0 if experiment.remat is None else 1.0
-  flops = forward * (3 + again)
+  mixing = _mixing(experiment) * tokens
+  flops = 3 * forward + 1.5 * mixing + again * (_recomputed(listed) * tokens + mixing + making)
   moved = 3 * sum(memory[kind] for kind in ('parameters', 'optimizer', 'gradients'))
   passes = (3 + again) * experiment.microbatches
   moved += passes * sum(layer.values())
@@ -153,6 +163,26 @@ def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
     machine,
     experiment,
   )  # fmt: skip
+
+
+def _mixing(experiment: Experiment) -> float:
+  """Forward FLOPs a token of what the layers do between tokens and lanes."""
+  model, length = experiment.model, experiment.data.length
+  return sum(
+    block.attention.mixing_flops(length) + 2 * block.residual.mixing_flops(model.width)
+    for block in model.layers()
+  )
+
+
+def _recomputed(weights: Sequence[Weight]) -> float:
+  """FLOPs a token of the products with layers' weights that the backward pass does again."""
+  again = [
+    w for w in weights if w.is_matrix and w.vectors is None and w.address.startswith('stack')
+  ]
+  dense = [w for w in again if w.address.endswith('feed_forward/down') and 'expert' not in w.axes]
+  return 2.0 * (
+    sum(w.size * w.used * w.products for w in again) - sum(w.size * w.used for w in dense)
+  )
 
 
 def _state_bytes(state: TrainState, specs: TrainState, sizes: Mapping[str, int]) -> dict[str, int]:
@@ -357,6 +387,11 @@ def rough_machine(experiment: Experiment, topology: Topology) -> Machine:
   Raises:
     ConfigError: the axes do not multiply to the number of devices.
   """
-  found = experiment.mesh.sizes(topology.devices)
+  return _machine(experiment.mesh, topology)
+
+
+@functools.lru_cache(maxsize=256)
+def _machine(mesh: MeshConfig, topology: Topology) -> Machine:
+  found = mesh.sizes(topology.devices)
   sizes = {axis: found[axis] for axis in MESH_AXES}
   return machine_of(topology, sizes, arrange(places(topology), tuple(sizes.values())).reshape(-1))

@@ -23,10 +23,12 @@ class Chip:
     devices_per_chip: devices of JAX in one chip.
     matrix_flops: peak FLOP/s of matrix products by dtype of the operands.
     vector_flops: FLOP/s of everything else, float32.
+    clock_hz: cycles a second, for the compiler's own estimates.
     hbm_bytes: memory that a program can use; the rest is the runtime's.
     hbm_bandwidth: bytes a second between memory and the core.
     ici_axes: axes of the torus that chips are wired in.
     ici_link: bytes a second that one link carries one way; an axis has a link each way.
+    hop_seconds: until the first byte of an exchange is one chip further.
     dcn_bandwidth: bytes a second to other slices, through the host.
     vmem_bytes: memory beside the core that the compiler manages.
     ring: shortest axis of a slice that is closed to a ring, in chips.
@@ -37,10 +39,12 @@ class Chip:
   devices_per_chip: int = 1
   matrix_flops: Mapping[str, float]
   vector_flops: float
+  clock_hz: float
   hbm_bytes: float
   hbm_bandwidth: float
   ici_axes: int
   ici_link: float
+  hop_seconds: float = 1e-6
   dcn_bandwidth: float
   vmem_bytes: float
   ring: int
@@ -58,9 +62,12 @@ class Chip:
 # - vector_flops: [J] has none; 8 × 128 × 4 operations a cycle and core, at the clock
 #   that the matrix rate implies (2 × 128 × 128 × units a cycle). It only matters where nothing else
 #   does: such operations are bound by memory nearly always.
+# - clock_hz: bf16 FLOP/s over those of a cycle: 2 × 128² a unit and 4 units a core in v5e and v5p,
+#   2 × 256² and 2 units in v6e; TPU7x's is that of v6e's units at its rate.
 # - ici_link: the bidirectional bandwidth of a chip [T] [E] over its links and both ways. v5p 1200
 #   GB/s: 6 links, 100 GB/s one way; v6e 800: 4 links, 100; TPU7x 1200: 6 links, 100, of which each
 #   of its two devices has half; v5e 1600 Gbit/s one way: 4 links, 50.
+# - hop_seconds: about a microsecond, the scaling book of JAX, "Sharded matrices".
 # - dcn_bandwidth: [T] 50, 100, 100 Gbit/s a chip; [E] v5e 6.4 Tbit/s a pod of 256 chips.
 # - vmem_bytes: [J]. hbm_bytes: [L] 15.75, 95.73, 31.24 and 94.74 GiB a device.
 # - ring: [E] and docs.cloud.google.com/tpu/docs/v5p: axes of 16 (v5e, v6e), multiples of 4 (3-D).
@@ -72,6 +79,7 @@ CHIPS: dict[str, Chip] = {
       device_kind='TPU v5 lite',
       matrix_flops={'bf16': 197e12, 'f32': 197e12, 's8': 393e12, 'u8': 393e12},
       vector_flops=6.1e12,
+      clock_hz=1.50e9,
       hbm_bytes=15.75 * GIB,
       hbm_bandwidth=819e9,
       ici_axes=2,
@@ -85,6 +93,7 @@ CHIPS: dict[str, Chip] = {
       device_kind='TPU v5',
       matrix_flops={'bf16': 459e12, 'f32': 459e12, 's8': 918e12, 'u8': 918e12},
       vector_flops=14.3e12,
+      clock_hz=1.75e9,
       hbm_bytes=95.73 * GIB,
       hbm_bandwidth=2765e9,
       ici_axes=3,
@@ -98,6 +107,7 @@ CHIPS: dict[str, Chip] = {
       device_kind='TPU v6 lite',
       matrix_flops={'bf16': 918e12, 'f32': 918e12, 's8': 1836e12, 'u8': 1836e12},
       vector_flops=7.2e12,
+      clock_hz=1.75e9,
       hbm_bytes=31.24 * GIB,
       hbm_bandwidth=1638e9,
       ici_axes=2,
@@ -117,6 +127,7 @@ CHIPS: dict[str, Chip] = {
         'f8e5m2': 4614e12 / 2,
       },
       vector_flops=9.0e12,
+      clock_hz=2.2e9,
       hbm_bytes=94.74 * GIB,
       hbm_bandwidth=7380e9 / 2,
       ici_axes=3,

@@ -210,7 +210,7 @@ def collective_seconds(collective: Collective, wires: Wires, topology: Topology)
   exchange of everybody with everybody is bounded by the links across the longest axis. Groups that
   interleave along an axis share its links. Between slices the slower of both networks counts; two
   dies of one chip exchange as if over a link of their chip for each axis of the torus, which is
-  less than they have.
+  less than they have. Nothing is faster than the first byte's longest way.
 
   Source: the scaling book of JAX, "Sharded matrices and how to multiply them".
   """
@@ -237,4 +237,12 @@ def collective_seconds(collective: Collective, wires: Wires, topology: Topology)
       for closed, step in zip(wires.closed, wires.stretch)
     ]
     inside = sent / sum(each)
-  return max(inside, outside)
+  return max(inside, outside, hops(wires) * chip.hop_seconds)
+
+
+def hops(wires: Wires) -> int:
+  """Returns the links on the longest way through a group; both ways round a ring are taken."""
+  return sum(
+    points // 2 * step if closed else (points - 1) * step
+    for points, closed, step in zip(wires.points, wires.closed, wires.stretch)
+  )

@@ -161,7 +161,7 @@ def plan_decoding(
     command: that repeats the plan.
   """
   decoding = build_decoding(experiment, devices, rows, slots)
-  build = compile_program(lambda: decoding.step.lower(*decoding.arguments))
+  build = compile_program(lambda: decoding.step.lower(*decoding.arguments), for_tpu=True)
   return read_decoding(decoding, topology, build, slots, command)
 
 
@@ -181,8 +181,8 @@ def read_decoding(
   variables, caches, tokens, _ = decoding.arguments
   module = hlo.parse(build.text)
   machine = machine_of(topology, dict(decoding.mesh.shape), decoding.mesh.devices.reshape(-1))
-  filled = rows_filled(experiment, dict(machine.sizes))
-  tally = estimate(module, machine, KernelModel(rows_filled=filled))
+  kernels = KernelModel(rows_filled=rows_filled(experiment, dict(machine.sizes)))
+  tally = estimate(module, machine, kernels)
   counted = {
     'parameters': sum(size for _, size in local_shapes(variables['params']).values()),
     'buffers': sum(size for _, size in local_shapes(variables['buffers']).values()),
@@ -195,6 +195,7 @@ def read_decoding(
     tally,
     Memory(**found, usable_bytes=int(chip.hbm_bytes)),
     chip,
+    estimate(module, machine, kernels, cycles=True).total_seconds,
     name=experiment.name,
     kind='decode',
     command=command,

@@ -125,23 +125,28 @@ def work_seconds(work: Work, chip: Chip) -> float:
   return max(matrix, vector, work.bytes / chip.hbm_bandwidth)
 
 
-def estimate(module: Module, machine: Machine, kernel_cost: KernelCost) -> Tally:
+def estimate(
+  module: Module, machine: Machine, kernel_cost: KernelCost, cycles: bool = False
+) -> Tally:
   """Goes through a module's schedule once, loops as often as they run.
 
   Args:
     module: scheduled, of one device of many.
     machine: what it runs on.
     kernel_cost: of Pallas calls.
+    cycles: whether an instruction takes as long as the compiler thinks, where that is longer. The
+      compiler knows layouts, padding and the sizes of the matrix unit; it knows no kernel's time.
   """
-  walk = _Walk(module, machine, kernel_cost)
+  walk = _Walk(module, machine, kernel_cost, cycles)
   return walk.tally(module.main)
 
 
 class _Walk:
   """Goes through computations; each is gone through once."""
 
-  def __init__(self, module: Module, machine: Machine, kernel_cost: KernelCost):
+  def __init__(self, module: Module, machine: Machine, kernel_cost: KernelCost, cycles: bool):
     self.module, self.machine, self.kernel_cost = module, machine, kernel_cost
+    self.cycles = cycles
     self.known: dict[str, Tally] = {}
     self.origins = Origins(module)
 
@@ -193,7 +198,10 @@ class _Walk:
     label = self.origins.label(instruction.name)
     key = module_of(label), phase_of(label)
     tally.work[key] = tally.work.get(key, Work()).plus(work)
-    spent = work_seconds(work, self.machine.topology.chip)
+    chip = self.machine.topology.chip
+    spent = work_seconds(work, chip)
+    if self.cycles and instruction.cycles is not None:
+      spent = max(spent, instruction.cycles / chip.clock_hz)
     if instruction.opcode in ('copy-start', 'slice-start'):
       clock.begin(instruction.name, spent, 'copies', None)
       return

@@ -70,7 +70,8 @@ class Time:
   """The estimated time of a step.
 
   Attributes:
-    step_seconds: in all.
+    step_seconds: in all, every instruction as fast as the device could be.
+    slow_seconds: in all, every instruction as slow as the compiler thinks where that is slower.
     busy_seconds: of what the core does, by what bounds it: 'matrix', 'vector', 'memory'.
     exchange_seconds: of collectives, by mesh axes, hidden or not.
     exposed_seconds: of them while nothing else runs.
@@ -78,6 +79,7 @@ class Time:
   """
 
   step_seconds: float
+  slow_seconds: float
   busy_seconds: dict[str, float]
   exchange_seconds: dict[str, float]
   exposed_seconds: dict[str, float]
@@ -127,6 +129,11 @@ class Plan:
   def mfu(self) -> float:
     """Share of the peak that the model's own FLOPs are."""
     return self.model_flops / (self.time.step_seconds * self.peak_flops)
+
+  @property
+  def slow_mfu(self) -> float:
+    """The same by the compiler's cycles."""
+    return self.model_flops / (self.time.slow_seconds * self.peak_flops)
 
   @property
   def fits(self) -> bool:

@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 
 from deepseek_jax.core.describe import bytes_text, si, table
+from deepseek_jax.pods.analytic import Rough
 from deepseek_jax.pods.memory import CLASSES
 from deepseek_jax.pods.plan import Part, Plan, Traffic
+from deepseek_jax.pods.topology import Topology
 
 GIB = 2**30
 
@@ -30,6 +32,25 @@ def describe(plan: Plan, rows: int = 12) -> str:
     parts.append(_traffic(plan, rows))
   parts += [_time(plan), _notes(plan), verdict(plan)]
   return '\n\n'.join(part for part in parts if part)
+
+
+def describe_rough(rough: Rough, topology: Topology) -> str:
+  """Returns a rough plan: memory, time by what it goes to, and whether it would fit."""
+  chip = topology.chip
+  memory = [(kind, bytes_text(size)) for kind, size in rough.memory.items() if size]
+  memory += [('together', bytes_text(rough.total_bytes)), ('usable', bytes_text(chip.hbm_bytes))]
+  mfu = rough.model_flops / (rough.step_seconds * chip.rate('bf16'))
+  time = [(what, f'{seconds:.4g} s') for what, seconds in rough.seconds.items()]
+  time += [('step', f'{rough.step_seconds:.4g} s'), ('model FLOPs utilisation', _percent(mfu))]
+  sent = [(axes, what, bytes_text(size)) for (axes, what), size in rough.exchanged.items()]
+  spare = (chip.hbm_bytes - rough.total_bytes) / GIB
+  last = f'fits: {spare:.1f} GiB to spare' if spare >= 0 else f'does not fit: {-spare:.1f} GiB over'
+  return '\n\n'.join((
+    table(memory, ('memory of a device, roughly', '')),
+    table(sent, ('sent along', 'what', 'bytes')),
+    table(time, ('time of a step, roughly', '')),
+    f'{last} (roughly: nothing was compiled)',
+  ))  # fmt: skip
 
 
 def verdict(plan: Plan) -> str:
@@ -135,13 +156,14 @@ def _time(plan: Plan) -> str:
   busy = ', '.join(f'{kind} {seconds:.4g}' for kind, seconds in time.busy_seconds.items())
   exposed = sum(time.exposed_seconds.values())
   rows = [
-    ('step', f'{time.step_seconds:.4g} s'),
+    ('step, at the rates of the device', f'{time.step_seconds:.4g} s'),
+    ("step, by the compiler's cycles", f'{time.slow_seconds:.4g} s'),
     ('core busy, by what bounds it', f'{sum(time.busy_seconds.values()):.4g} s ({busy})'),
     ('waiting for exchanges', f'{exposed:.4g} s of {sum(time.exchange_seconds.values()):.4g} s'),
     ('tokens a second', f'{plan.tokens / time.step_seconds:,.0f}'),
     ('FLOPs a device, done', si(plan.flops)),
     ('FLOPs a device, of the model', si(plan.model_flops)),
-    ('model FLOPs utilisation', _percent(plan.mfu)),
+    ('model FLOPs utilisation', f'{_percent(plan.mfu)} and {_percent(plan.slow_mfu)}'),
     ('bound by', time.bound),
   ]
   return table(rows, ('estimated time', ''))

@@ -169,22 +169,21 @@ class Build:
   compile_seconds: float
 
 
-def compile_program(lower: Callable[[], Any]) -> Build:
+def compile_program(lower: Callable[[], Any], for_tpu: bool = False) -> Build:
   """Compiles a program, also one that is too large for its device.
 
   Args:
     lower: traces it and returns what `jax.jit(...).lower(...)` returns.
+    for_tpu: whether its devices are TPUs; the compilers for others do not know their options.
   """
   start = time.perf_counter()
   lowered = lower()
   lowered_at = time.perf_counter()
   with tempfile.TemporaryDirectory() as folder:
-    options = {
-      'xla_dump_to': folder,
-      'xla_dump_hlo_as_text': True,
+    options: dict[str, Any] = {'xla_dump_to': folder, 'xla_dump_hlo_as_text': True}
+    if for_tpu:
       # What does not fit is compiled too, to say by how much and why.
-      'xla_tpu_no_crash_on_oom': True,
-    }
+      options['xla_tpu_no_crash_on_oom'] = True
     compiled = lowered.compile(options)
     done = time.perf_counter()
     ranges = sorted(pathlib.Path(folder).glob('*live-range.txt'), key=lambda p: p.stat().st_size)

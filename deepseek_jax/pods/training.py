@@ -45,7 +45,7 @@ def plan_training(
   """
   program = build_program(resolved(experiment, BFloat16()), list(devices))
   state, batch = program.abstract_state, program.abstract_batch()
-  build = compile_program(lambda: program.step.lower(state, batch))
+  build = compile_program(lambda: program.step.lower(state, batch), for_tpu=True)
   return read_training(program, topology, build, command)
 
 
@@ -61,7 +61,8 @@ def read_training(program: Program, topology: Topology, build: Build, command: s
   experiment, chip = program.experiment, topology.chip
   module = hlo.parse(build.text)
   machine = machine_of(topology, dict(program.mesh.shape), program.mesh.devices.reshape(-1))
-  tally = estimate(module, machine, KernelModel(rows_filled=rows_filled(experiment, machine.sizes)))
+  kernels = KernelModel(rows_filled=rows_filled(experiment, dict(machine.sizes)))
+  tally = estimate(module, machine, kernels)
   state = program.abstract_state
   weights = weights_by_shape(state.params)
   devices = len(machine.coords)
@@ -72,6 +73,7 @@ def read_training(program: Program, topology: Topology, build: Build, command: s
       **memory_of(module, build, weights, bytes_by_class(state)), usable_bytes=int(chip.hbm_bytes)
     ),
     chip,
+    estimate(module, machine, kernels, cycles=True).total_seconds,
     name=experiment.name,
     kind='train',
     command=command,
@@ -102,13 +104,14 @@ def memory_of(
   return {'by_class': by_class, 'peak_bytes': build.peak_bytes, 'largest': largest}
 
 
-def assemble(tally: Tally, memory: Memory, chip: Chip, **rest: Any) -> Plan:
+def assemble(tally: Tally, memory: Memory, chip: Chip, slow_seconds: float, **rest: Any) -> Plan:
   """Puts a plan together from what was read of a program.
 
   Args:
     tally: from `estimate`.
     memory: of a device.
     chip: the device.
+    slow_seconds: of a step, by the compiler's cycles.
     **rest: the other fields of `Plan`.
   """
   parts = tuple(
@@ -129,13 +132,13 @@ def assemble(tally: Tally, memory: Memory, chip: Chip, **rest: Any) -> Plan:
     memory=memory,
     parts=parts,
     traffic=traffic,
-    time=time_of(tally, chip),
+    time=time_of(tally, chip, slow_seconds),
     peak_flops=chip.rate('bf16'),
     **rest,
   )
 
 
-def time_of(tally: Tally, chip: Chip) -> Time:
+def time_of(tally: Tally, chip: Chip, slow_seconds: float) -> Time:
   """Says what the time of a step is made of, and what bounds it."""
   busy = {'matrix': 0.0, 'memory': 0.0, 'vector': 0.0}
   for key, work in tally.work.items():
@@ -151,6 +154,7 @@ def time_of(tally: Tally, chip: Chip) -> Time:
   share = candidates[bound] / tally.total_seconds if tally.total_seconds else 0.0
   return Time(
     step_seconds=tally.total_seconds,
+    slow_seconds=slow_seconds,
     busy_seconds=busy,
     exchange_seconds=dict(tally.exchange_seconds),
     exposed_seconds=exposed,
