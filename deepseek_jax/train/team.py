@@ -68,6 +68,7 @@ class Several:
     self._host_seconds: list[float] = []
     self._last: np.ndarray | None = None
     self._slow: set[int] = set()
+    self._suspects: set[int] = set()
 
   def in_background[Result](self, work: Callable[[], Result], stop: Stop) -> Result:
     """Runs work in every process, and goes on when all have done it; or ends in all, early.
@@ -157,14 +158,17 @@ class Several:
     self._last = found
     seconds = float(found[:, _SECONDS].max())
     slow = find_stragglers(found[:, _PROBE].tolist(), found[:, _HOST].tolist(), seconds)
-    for index in sorted(slow.keys() - self._slow):
+    # Once may be chance: a process is named when it is slow twice in a row.
+    named = slow.keys() & self._suspects
+    for index in sorted(named - self._slow):
       message = f'process {index} ({self._hosts[index]}) holds the others up: {slow[index]}'
       row = {'step': step, 'kind': 'straggler', 'message': message, 'process': index}
       self._faults.append(row)
       self._display.message(f'step {step}: {message}')
     for index in sorted(self._slow - slow.keys()):
       self._display.message(f'step {step}: process {index} ({self._hosts[index]}) has caught up')
-    self._slow = set(slow)
+    self._slow = (self._slow & slow.keys()) | named
+    self._suspects = set(slow)
 
 
 Team = Alone | Several

@@ -117,7 +117,8 @@ def test_four_processes_save_and_fewer_go_on(launch):
     os.kill(running.process(1), signal.SIGKILL)
     assert running.launcher.wait(timeout=400) != 0
   said = launch.run('shrinking', 1)
-  assert int(re.search(r'going on after step (\d+)', said)[1]) >= 8
+  # All three starts are in the output; the last is meant.
+  assert int(re.findall(r'going on after step (\d+)', said)[-1]) >= 8
   folder = launch.folder
   np.testing.assert_allclose(losses(folder / 'shrinking'), losses(folder / 'reference'), rtol=1e-4)
   # The checkpoint that four wrote fits one that was alone all the time.
