@@ -21,7 +21,7 @@ import jax
 from configs import tiny_mla
 from deepseek_jax.core.describe import table
 from deepseek_jax.lab.statistics import paired_difference
-from deepseek_jax.optim.compression import DiLoCo, Every, Exact, Quantised
+from deepseek_jax.optim.compression import Every, Exact, LocalSteps, Quantised
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.evaluate import evaluate
@@ -29,8 +29,8 @@ from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program, build_program
 
 BLOCK = 128
-MEAN: dict[str, Any] = {'outer_rate': 1.0, 'momentum': 0.0}
-"""The outer optimizer that takes the mean of what replicas have moved as it is."""
+OUTER: dict[str, Any] = {'outer_rate': 0.7, 'momentum': 0.9}
+"""The outer optimizer of DiLoCo; else what replicas have moved is taken as it is, in the mean."""
 KINDS: dict[str, Any] = {
   'none': None,
   'exact': Exact(),
@@ -38,11 +38,11 @@ KINDS: dict[str, Any] = {
   'int8, no feedback': Quantised(bits=8, block=BLOCK, feedback=None),
   'int4': Quantised(bits=4, block=BLOCK),
   'int4, no feedback': Quantised(bits=4, block=BLOCK, feedback=None),
-  'exact every 4': DiLoCo(interval=Every(steps=4)),
-  'int4 every 4': DiLoCo(interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK)),
-  'exact every 4, mean': DiLoCo(interval=Every(steps=4), **MEAN),
-  'int4 every 4, mean': DiLoCo(
-    interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK), **MEAN
+  'exact every 4': LocalSteps(interval=Every(steps=4)),
+  'int4 every 4': LocalSteps(interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK)),
+  'exact every 4, DiLoCo': LocalSteps(interval=Every(steps=4), **OUTER),
+  'int4 every 4, DiLoCo': LocalSteps(
+    interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK), **OUTER
   ),
 }
 BASELINE = 'none'
