@@ -215,14 +215,18 @@ class Adaptive:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiLoCo:
+class LocalSteps:
   """Replicas train by themselves, and from time to time agree on how far they have moved.
 
   Each has an optimizer of its own and steps along the gradient of its own rows. When it is due, the
-  mean of what they have moved is exchanged, and an outer optimizer (Nesterov's momentum) takes it
-  for its gradient; all go on from where that leads. Between exchanges nothing crosses but counts
-  and scalars. It is another algorithm than one step for all, and its weights are others: by how
-  much is in experiments/gradient_compression.
+  mean of what they have moved is exchanged, and all go on from there. Between exchanges nothing
+  crosses but counts and scalars. It is another algorithm than one step for all, and its weights are
+  others: by how much is in experiments/gradient_compression.
+
+  An outer optimizer (Nesterov's momentum) may take the mean for its gradient: that is DiLoCo, with
+  a rate of 0.7 and a momentum of 0.9 after hundreds of steps. In the long run it goes rate /
+  (1 − momentum) times as far as the replicas went, here 7 times; after few steps that is as if
+  their learning rate were as many times larger.
 
   Attributes:
     interval: steps between exchanges.
@@ -230,13 +234,14 @@ class DiLoCo:
     outer_rate: learning rate of the outer optimizer; 1 without momentum takes the mean.
     momentum: of the outer optimizer.
 
-  Source: Douillard et al., arXiv 2311.08105, algorithm 1; local steps: Stich, arXiv 1805.09767.
+  Source: Stich, arXiv 1805.09767, algorithm 1; the outer optimizer: Douillard et al. (DiLoCo),
+    arXiv 2311.08105, algorithm 1.
   """
 
   interval: Every | Adaptive = Every()
   exchange: Exact | Quantised = Exact()
-  outer_rate: float = 0.7
-  momentum: float = 0.9
+  outer_rate: float = 1.0
+  momentum: float = 0.0
 
   def __post_init__(self):
     check_fields(

@@ -23,7 +23,7 @@ from deepseek_jax.models.pipeline import AXIS, GPipe, Interleaved, Stages
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import ProportionalBias, SignBias
-from deepseek_jax.optim.compression import DiLoCo, Exact, Quantised
+from deepseek_jax.optim.compression import Exact, LocalSteps, Quantised
 from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
@@ -116,7 +116,7 @@ class Experiment:
   placement: Rebalance | None = None
   guard: Guard | None = Guard()
   ema: EMA | None = None
-  reduction: Exact | Quantised | DiLoCo | None = None
+  reduction: Exact | Quantised | LocalSteps | None = None
   microbatches: int = 1
   remat: EveryLayer | SquareRoot | Save | Compressed | None = None
   pipeline: GPipe | Interleaved | None = None
@@ -218,9 +218,9 @@ class Experiment:
         errors.append(
           'feed_forward.breaker counts on a guard to skip the step of a fault; guard is None'
         )
-      if isinstance(self.reduction, DiLoCo) and (moe.growth or moe.breaker):
+      if isinstance(self.reduction, LocalSteps) and (moe.growth or moe.breaker):
         errors.append(
-          'reduction is DiLoCo, whose replicas have weights of their own between exchanges; '
+          'reduction is LocalSteps, whose replicas have weights of their own between exchanges; '
           'experts that come and go (feed_forward.growth, .breaker) are made anew in common ones'
         )
       if moe.growth is not None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.optim.compression import Adaptive, DiLoCo
+from deepseek_jax.optim.compression import Adaptive, LocalSteps
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.state import TrainState
 
@@ -82,7 +82,7 @@ class Link:
 def open_link(experiment: Experiment) -> Link | None:
   """Returns the link of a run whose interval adapts; None where it does not, or nothing crosses."""
   kind = experiment.reduction
-  if not isinstance(kind, DiLoCo) or not isinstance(kind.interval, Adaptive):
+  if not isinstance(kind, LocalSteps) or not isinstance(kind.interval, Adaptive):
     return None
   return None if experiment.mesh.replica == 1 else Link(kind.interval)
 

@@ -98,7 +98,7 @@ def refit_carry(carry: Carry, replicas: int) -> Carry:
   """Returns what other replicas go on with: as many as are asked for, all with the same.
 
   Of errors, which replicas have yet to add to the sum, each gets its share of the total, so that
-  nothing is lost. Of what replicas of DiLoCo have moved, and of their optimizers, each gets the
+  nothing is lost. Of what replicas of LocalSteps have moved, and of their optimizers, each gets the
   mean.
 
   Args:

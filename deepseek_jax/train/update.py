@@ -11,7 +11,7 @@ import optax
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.optim.balance import update_buffers
-from deepseek_jax.optim.compression import DiLoCo
+from deepseek_jax.optim.compression import LocalSteps
 from deepseek_jax.sharding.rules import tree_specs
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.gradients import (
@@ -65,7 +65,7 @@ def make_proposal(
     optimizer: built for the run.
     axes: logical axis names of every parameter.
   """
-  make = _make_local if isinstance(experiment.reduction, DiLoCo) else _make_shared
+  make = _make_local if isinstance(experiment.reduction, LocalSteps) else _make_shared
   return make(experiment, decoder, optimizer, axes)
 
 
@@ -74,7 +74,7 @@ def _make_shared(
 ) -> Propose:
   """One gradient of the whole batch, and one optimizer."""
   kind = experiment.reduction
-  assert not isinstance(kind, DiLoCo)
+  assert not isinstance(kind, LocalSteps)
   gradients = make_gradients(experiment, decoder)
   reduce = make_reduction(kind, tree_specs(experiment.rules, axes))
   follow_up = make_follow_up(experiment)
@@ -103,7 +103,7 @@ def _make_local(
   carry, `moved` is how far each replica has gone from there, and `memory` is of its optimizer.
   """
   kind = experiment.reduction
-  assert isinstance(kind, DiLoCo)
+  assert isinstance(kind, LocalSteps)
   replicas = experiment.mesh.replica
   share, part_gradients = make_shares(experiment), make_part_gradients(experiment, decoder)
   reduce = make_reduction(kind.exchange, tree_specs(experiment.rules, axes))
@@ -164,7 +164,7 @@ def start_optimizer(
   kept = {}
   if kind.feedback is not None:
     kept = {'error': _of_every_replica(jax.tree.map(jnp.zeros_like, params), replicas)}
-  if not isinstance(kind, DiLoCo):
+  if not isinstance(kind, LocalSteps):
     return optimizer.init(params), kept or ()
   return {'momentum': jax.tree.map(jnp.zeros_like, params)}, {
     'moved': _of_every_replica(jax.tree.map(jnp.zeros_like, params), replicas),

@@ -22,7 +22,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from deepseek_jax.core.describe import table
-from deepseek_jax.optim.compression import Adaptive, DiLoCo, Exact, Quantised
+from deepseek_jax.optim.compression import Adaptive, Exact, LocalSteps, Quantised
 from deepseek_jax.train.link import Link, agreed, with_interval
 from deepseek_jax.train.step import Program, build_program
 from experiments.gradient_compression.measure import experiment
@@ -31,7 +31,7 @@ KINDS: dict[str, Any] = {
   'exact': Exact(),
   'int8': Quantised(bits=8),
   'int4': Quantised(bits=4),
-  'int4, adaptive interval': DiLoCo(
+  'int4, adaptive interval': LocalSteps(
     interval=Adaptive(share=0.25, start=4, most=64), exchange=Quantised(bits=4)
   ),
 }
@@ -50,7 +50,7 @@ def throttle(rate: int) -> None:
 def train(program: Program, step: Any, rows: list[Any], steps: int) -> dict[str, Any]:
   """Takes steps; returns seconds of those without and with an exchange, and the intervals."""
   kind = program.experiment.reduction
-  link = Link(kind.interval, window=5) if isinstance(kind, DiLoCo) else None
+  link = Link(kind.interval, window=5) if isinstance(kind, LocalSteps) else None
   state = program.init(jax.random.key(0))
   seconds: dict[bool, list[float]] = {False: [], True: []}
   sent, intervals, began = 0.0, [], time.perf_counter()
@@ -95,7 +95,7 @@ def work(arguments: argparse.Namespace) -> None:
     step = program.step.compile(program.abstract_state, program.abstract_batch())
     batches = data.train_batches(0)
     rows = [place(program, next(batches)) for _ in range(8)]
-    steps = arguments.steps * (4 if isinstance(reduction, DiLoCo) else 1)
+    steps = arguments.steps * (4 if isinstance(reduction, LocalSteps) else 1)
     train(program, step, rows, 4)
     for rate in rates:
       multihost_utils.sync_global_devices(f'{name} {rate}')

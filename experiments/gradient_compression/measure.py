@@ -21,7 +21,7 @@ import jax
 from configs import tiny_mla
 from deepseek_jax.core.describe import table
 from deepseek_jax.lab.statistics import paired_difference
-from deepseek_jax.optim.compression import DiLoCo, Every, Exact, Quantised
+from deepseek_jax.optim.compression import Every, Exact, LocalSteps, Quantised
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.evaluate import evaluate
@@ -29,6 +29,8 @@ from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program, build_program
 
 BLOCK = 128
+OUTER: dict[str, Any] = {'outer_rate': 0.7, 'momentum': 0.9}
+"""The outer optimizer of DiLoCo; else what replicas have moved is taken as it is, in the mean."""
 KINDS: dict[str, Any] = {
   'none': None,
   'exact': Exact(),
@@ -36,10 +38,15 @@ KINDS: dict[str, Any] = {
   'int8, no feedback': Quantised(bits=8, block=BLOCK, feedback=None),
   'int4': Quantised(bits=4, block=BLOCK),
   'int4, no feedback': Quantised(bits=4, block=BLOCK, feedback=None),
-  'exact every 4': DiLoCo(interval=Every(steps=4)),
-  'int4 every 4': DiLoCo(interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK)),
+  'exact every 4': LocalSteps(interval=Every(steps=4)),
+  'int4 every 4': LocalSteps(interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK)),
+  'exact every 4, DiLoCo': LocalSteps(interval=Every(steps=4), **OUTER),
+  'int4 every 4, DiLoCo': LocalSteps(
+    interval=Every(steps=4), exchange=Quantised(bits=4, block=BLOCK), **OUTER
+  ),
 }
 BASELINE = 'none'
+HELP = 'of these kinds, a semicolon for the comma in a name; others in the file are kept'
 
 
 def experiment(reduction: Any, steps: int) -> Experiment:
@@ -110,14 +117,20 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=300)
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--output', type=pathlib.Path, default=pathlib.Path('losses.json'))
+  parser.add_argument('--kinds', default=','.join(KINDS).replace(', ', ';'), help=HELP)
   arguments = parser.parse_args()
+  chosen = [name.replace(';', ', ') for name in arguments.kinds.split(',')]
   jax.config.update('jax_platforms', 'cpu')
   jax.config.update('jax_num_cpu_devices', 2)
   rows: dict[str, list[dict[str, Any]]] = {}
+  if arguments.output.exists():
+    content = json.loads(arguments.output.read_text(encoding='utf-8'))
+    assert content['steps'] == arguments.steps, 'the file has runs of another length'
+    rows = content['rows']
   with tempfile.TemporaryDirectory() as cache:
     data = experiment(None, arguments.steps).data.prepare(pathlib.Path(cache))
-    for name, reduction in KINDS.items():
-      program = build_program(experiment(reduction, arguments.steps), jax.devices())
+    for name in chosen:
+      program = build_program(experiment(KINDS[name], arguments.steps), jax.devices())
       step = program.step.compile(program.abstract_state, program.abstract_batch())
       rows[name] = [run(program, step, data, seed) for seed in range(arguments.seeds)]
       content = {'steps': arguments.steps, 'rows': rows}

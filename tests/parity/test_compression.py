@@ -25,7 +25,7 @@ from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.moe.balance import SequenceBalance
 from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.optim.balance import update_buffers
-from deepseek_jax.optim.compression import DiLoCo, Every, Exact, Quantised
+from deepseek_jax.optim.compression import Every, Exact, LocalSteps, Quantised
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import Constant
 from deepseek_jax.sharding.mesh import MeshConfig
@@ -73,7 +73,7 @@ def experiment(layout: str, reduction: Any, microbatches: int = 1) -> Experiment
     base,
     model=dataclasses.replace(base.model, depth=2, dense_layers=0, mtp=None, feed_forward=sparse),
     data=dataclasses.replace(base.data, length=LENGTH, batch_size=ROWS),
-    optimizer=Plain() if isinstance(reduction, DiLoCo) else AdamW(peak_lr=1e-2, epsilon=1e-2),
+    optimizer=Plain() if isinstance(reduction, LocalSteps) else AdamW(peak_lr=1e-2, epsilon=1e-2),
     schedule=Constant(),
     rules=rules,
     mesh=mesh,
@@ -309,7 +309,7 @@ def test_rules_that_leave_replicas_nothing_of_their_own():
   assert any('rules.embed' in message for message in caught.value.messages)
 
 
-LOCAL = DiLoCo(interval=Every(steps=2), outer_rate=0.5, momentum=0.5)
+LOCAL = LocalSteps(interval=Every(steps=2), outer_rate=0.5, momentum=0.5)
 
 
 @functools.cache

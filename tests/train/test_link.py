@@ -6,7 +6,7 @@ import pytest
 
 from configs import tiny_mla
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.optim.compression import Adaptive, DiLoCo, Every
+from deepseek_jax.optim.compression import Adaptive, Every, LocalSteps
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.link import Link, open_link
 
@@ -53,7 +53,7 @@ def test_only_what_adapts_is_measured():
   """Other runs have no link; nor has one replica."""
   base = tiny_mla.get_config()
   local = lambda interval, replicas: dataclasses.replace(  # noqa: E731
-    base, reduction=DiLoCo(interval=interval), mesh=MeshConfig(replica=replicas)
+    base, reduction=LocalSteps(interval=interval), mesh=MeshConfig(replica=replicas)
   )
   assert open_link(base) is None
   assert open_link(local(Every(steps=3), 2)) is None
@@ -68,7 +68,7 @@ def test_only_what_adapts_is_measured():
     (lambda: Adaptive(share=0.0), 'Adaptive.share: found 0.0'),
     (lambda: Adaptive(start=1), 'Adaptive.start: found 1'),
     (lambda: Adaptive(start=8, most=4), 'Adaptive.most: found 4'),
-    (lambda: DiLoCo(momentum=1.0), 'DiLoCo.momentum: found 1.0'),
+    (lambda: LocalSteps(momentum=1.0), 'LocalSteps.momentum: found 1.0'),
   ],
 )
 def test_bad_fields(make, message):

@@ -12,7 +12,7 @@ from deepseek_jax.core.serialise import to_json
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.layers.moe.growth import Growth
 from deepseek_jax.models.remat import SquareRoot
-from deepseek_jax.optim.compression import DiLoCo, Quantised
+from deepseek_jax.optim.compression import LocalSteps, Quantised
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.initialise import resume_state
@@ -120,7 +120,7 @@ def test_the_rule_by_hand():
 
 def test_local_steps_lie_along_replicas():
   """Weights in common are whole on every replica; what each has of its own is not."""
-  state = program(2, DiLoCo(exchange=INT4)).abstract_state
+  state = program(2, LocalSteps(exchange=INT4)).abstract_state
   assert set(state.carry) == {'moved', 'memory', 'interval', 'since', 'error'}
   params, spec = flatten(state.params), jax.sharding.PartitionSpec
   for name, tree in (('moved', state.carry['moved']), ('mu', state.carry['memory'][1].mu)):
@@ -134,7 +134,7 @@ def test_local_steps_lie_along_replicas():
 
 
 def test_experts_that_come_and_go_need_common_weights():
-  """DiLoCo refuses them, with the reason."""
+  """LocalSteps refuses them, with the reason."""
   chosen = program(2).experiment
   sparse = dataclasses.replace(
     chosen.model.feed_forward, growth=Growth(experts=((0.0, 4), (0.5, 8)))
@@ -142,7 +142,7 @@ def test_experts_that_come_and_go_need_common_weights():
   chosen = dataclasses.replace(
     chosen,
     model=dataclasses.replace(chosen.model, feed_forward=sparse),
-    reduction=DiLoCo(),
+    reduction=LocalSteps(),
   )
   with pytest.raises(ConfigError, match='weights of their own between exchanges'):
     build_program(chosen)
