@@ -198,3 +198,9 @@ def test_presets_cut_what_they_say(preset):
 def test_presets_are_frozen_and_hashable():
   """Rules are static arguments of jitted functions."""
   assert len({FSDP, TENSOR, EXPERT, dataclasses.replace(FSDP)}) == 3
+
+
+def test_without_an_axis():
+  """As inside of a `shard_map` over it: no entry names it, and all else stays."""
+  rules = Rules(batch=('replica', 'data', 'stage'), stage=('stage',), embed=('data',))
+  assert rules.without('stage') == Rules(batch=('replica', 'data'), embed=('data',))
