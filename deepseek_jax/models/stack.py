@@ -11,9 +11,10 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import Remembering
-from deepseek_jax.models.pipeline import Stages, run_stages
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block, Segment
 from deepseek_jax.models.remat import Remat
+from deepseek_jax.models.stages import run_stages
 
 
 class BlockCache(NamedTuple):

@@ -244,11 +244,12 @@ class Experiment:
     stages = self.stages
     if stages is None:
       used = any(AXIS in axes for axes in dataclasses.asdict(self.rules).values())
-      if self.mesh.stage == 1 or used:
+      # An axis of that name may do something else.
+      if self.mesh.stage == 1 or (used and not self.rules.stage):
         return []
       return [
-        f'mesh.stage is {self.mesh.stage}, but pipeline is None: every stage would do the same; '
-        "try pipeline='GPipe(microbatches=4)' and rules=PIPELINE"
+        f'mesh.stage is {self.mesh.stage}, but pipeline is None: every stage would hold all '
+        "layers; try pipeline='GPipe(microbatches=4)' and rules=PIPELINE"
       ]
     rows = self.data.batch_size // self.microbatches
     errors = stages.check(self.mesh.sizes(devices), self.rules, rows)
