@@ -124,9 +124,7 @@ class Experiment:
   mesh: MeshConfig = MeshConfig()
   rules: Annotated[
     Rules,
-    Presets(
-      FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT, CONTEXT=CONTEXT, PIPELINE=PIPELINE, POD=POD
-    ),
+    Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT, CONTEXT=CONTEXT, PIPELINE=PIPELINE, POD=POD),
   ] = FSDP
   context_parallel: ContextParallel = Ring()
   cadence: Cadence = Cadence()

@@ -83,9 +83,7 @@ def make_part_gradients(
   rows, chunk = experiment.data.batch_size, experiment.objective.chunk
 
   def loss(given: Given, taps: Any, params: Any, own: Own):
-    context = batch_context(
-      own.batch, rules, given.step, own.noise, experiment.context_parallel
-    )
+    context = batch_context(own.batch, rules, given.step, own.noise, experiment.context_parallel)
     variables = {'params': params, 'buffers': with_taps(given.buffers, taps)}
     totals = Totals(given.targets, rows)
     return training_loss(

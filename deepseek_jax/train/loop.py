@@ -14,7 +14,6 @@ import numpy as np
 from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.data.recall import RecallData
-from deepseek_jax.models.plan import Segment
 from deepseek_jax.sharding.agreement import from_first, gather, in_turn
 from deepseek_jax.sharding.host_rows import put_whole
 from deepseek_jax.train import report
@@ -62,7 +61,6 @@ class _Run:
   """What the parts of the loop share."""
 
   experiment: Experiment
-  segments: tuple[Segment, ...]
   program: Program
   data: TextData | CaptionData | RecallData
   workdir: Workdir
@@ -129,10 +127,8 @@ def train(
       display.message(origin.describe())
     prepare = lambda: _prepare(program, restart, origin)  # noqa: E731
     step, state, peak = team.in_background(prepare, stop)
-    segments = experiment.segments
     run = _Run(
       experiment=experiment,
-      segments=segments,
       program=program,
       data=data,
       workdir=workdir,
@@ -142,7 +138,7 @@ def train(
         data.train,
         display,
         None if experiment.guard is None else experiment.guard.stop_after,
-        segments,
+        experiment.segments,
         gather,
       ),
       saver=saver,
@@ -255,7 +251,7 @@ def _place(run: _Run, state: TrainState, step: int) -> TrainState:
   experiment, display = run.experiment, run.writer.display
   assert experiment.placement is not None
   devices = expert_devices(experiment.rules, dict(run.program.mesh.shape))
-  placed = rebalance(state.buffers, experiment.placement.policy, devices, run.segments)
+  placed = rebalance(state.buffers, experiment.placement.policy, devices, run.experiment.segments)
   row = {'before': placed.before, 'after': placed.after}
   run.workdir.rows(run.workdir.placements).append({'step': step, **row})
   worst = {name: max(row[name].values()) for name in ('before', 'after')}
@@ -306,10 +302,10 @@ def _finish(run: _Run, pending: _Pending | None) -> None:
 def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   """Returns the row of a finished step."""
   observed = metrics.pop('observed')
-  loads = report.layer_loads(observed, run.segments)
-  drops = report.drop_rates(observed, run.segments)
+  loads = report.layer_loads(observed, run.experiment.segments)
+  drops = report.drop_rates(observed, run.experiment.segments)
   buffers = metrics.pop('buffers')
-  biases = report.layer_biases(buffers, run.segments)
+  biases = report.layer_biases(buffers, run.experiment.segments)
   row = {name: float(value) for name, value in metrics.items()}
   row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
   rate = run.clock.tokens_per_second
@@ -323,8 +319,8 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   return {
     **row,
     **report.expert_figures(loads, biases, drops),
-    **report.lifecycle_figures(buffers, run.segments),
-    **report.attention_figures(observed, run.segments),
+    **report.lifecycle_figures(buffers, run.experiment.segments),
+    **report.attention_figures(observed, run.experiment.segments),
   }
 
 

@@ -99,11 +99,8 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
   if errors:
     raise ConfigError(errors)
   mesh = make_mesh(experiment.mesh, devices)
-  decoder = experiment.model.build(
-    dtype=jnp.dtype(experiment.precision.compute),
-    remat=experiment.remat,
-    stages=experiment.stages,
-  )
+  dtype = jnp.dtype(experiment.precision.compute)
+  decoder = experiment.model.build(dtype, experiment.remat, experiment.stages)
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   axes = logical_axes(boxed)
   schedule = experiment.schedule.build(experiment.train_steps)

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.models.decoder import Decoder, shift_left
+from deepseek_jax.layers.context import shift_left
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.stack import TransformerBlock
