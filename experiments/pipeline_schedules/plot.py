@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.lab.timeline import draw_timelines
-from deepseek_jax.pods.schedule.compare import outcome_table, try_schedule
+from deepseek_jax.pods.schedule.compare import EVERY, outcome_table, try_schedule
 from deepseek_jax.pods.schedule.dual import DualPipe
 from deepseek_jax.pods.schedule.kinds import (
+  Asynchronous,
   GPipe,
   OneFOneB,
   ZeroBubbleH1,
@@ -65,7 +66,7 @@ def draw_two_processes(rows: Sequence[Mapping[str, Any]]) -> None:
     picture.savefig(FOLDER / f'two_processes.{kind}', dpi=110)
 
 
-def counted_costs(name: str) -> list[Cost]:
+def read_costs(name: str) -> list[Cost]:
   """Reads costs that plan_pipeline.py wrote."""
   record = json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
   return [Cost(**cost) for cost in record['costs']]
@@ -74,12 +75,21 @@ def counted_costs(name: str) -> list[Cost]:
 def draw_v3() -> None:
   """Draws and prints three schedules of DeepSeek-V3 on 16 stages, with and without exchanges."""
   for name in ('v3_671b', 'v3_671b_exchange'):
-    costs = counted_costs(name)
+    costs = read_costs(name)
     kinds = (OneFOneB(), ZeroBubbleV(), DualPipe())
     outcomes = [try_schedule(kind, costs, 16, 32) for kind in kinds]
     print(f'\n{name}\n{outcome_table(outcomes, "FLOPs")}')
     picture = draw_timelines({one.name: one.timeline for one in outcomes}, 'FLOPs')
     picture.savefig(FOLDER / f'{name}.png', dpi=110)
+
+
+def print_p2() -> None:
+  """Prints every schedule on the measured costs of P2, and runs without a flush of some lengths."""
+  costs = read_costs('p2')
+  kinds = [kind for kind in EVERY if not kind.faults(8, 13) and kind.chunks(8) <= len(costs)]
+  kinds += [Asynchronous(steps=steps) for steps in (2, 4, 8, 64)]
+  outcomes = [try_schedule(kind, costs, 8, 13) for kind in kinds]
+  print(f'\np2\n{outcome_table(outcomes, "seconds")}')
 
 
 def main() -> None:
@@ -88,6 +98,7 @@ def main() -> None:
   print(report(rows))
   draw_two_processes(rows)
   draw_v3()
+  print_p2()
 
 
 if __name__ == '__main__':

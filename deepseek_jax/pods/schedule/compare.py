@@ -185,8 +185,18 @@ def outcome_table(outcomes: Sequence[Outcome], unit: str) -> str:
         bytes_text(max(timeline.parameter_bytes())),
       )
     )
-  heads = ('schedule', 'step' if unit == 'seconds' else 'step, FLOPs', 'bubble', 'by stage')
-  heads += ('no barrier', 'computing', 'spread', 'microbatches', 'activations', 'weights')
+  heads = (
+    'schedule',
+    'step' if unit == 'seconds' else 'step, FLOPs',
+    'bubble',
+    'by stage',
+    'no barrier',
+    'computing',
+    'spread',
+    'microbatches',
+    'activations',
+    'weights',
+  )
   return table(rows, heads)
 
 

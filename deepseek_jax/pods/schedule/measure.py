@@ -29,7 +29,8 @@ def init_canonical(experiment: Experiment) -> tuple[dict[str, Any], dict[str, An
   decoder = experiment.model.build(dtype=jnp.dtype(experiment.precision.compute))
   variables = nn.meta.unbox(init_variables(decoder, jax.random.key(experiment.seed)))
   segments = plan_segments(experiment.model)
-  return tuple(canonical(variables[name], segments) for name in ('params', 'buffers'))
+  params, buffers = (canonical(variables[name], segments) for name in ('params', 'buffers'))
+  return params, buffers
 
 
 def random_data(experiment: Experiment, buffers: Any, rows: int) -> Data:
@@ -38,12 +39,12 @@ def random_data(experiment: Experiment, buffers: Any, rows: int) -> Data:
   tokens = np.random.default_rng(0).integers(0, experiment.model.vocab, shape, np.int32)
   positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
   ones = np.ones(shape, np.int32)
-  batch = Batch(
-    tokens, np.roll(tokens, -1, axis=1), ones.astype(np.float32), positions, ones, ones - 1
-  )
+  weights = ones.astype(np.float32)
+  arrays = (tokens, np.roll(tokens, -1, axis=1), weights, positions, ones, ones - 1)
+  batch = Batch(*map(jnp.asarray, arrays))
   mtp = experiment.model.mtp
   totals = batch_totals(batch, 0 if mtp is None else mtp.depth)
-  return Data(jax.tree.map(jnp.asarray, batch), buffers, totals.targets, jnp.float32(rows))
+  return Data(batch, buffers, totals.targets, jnp.float32(rows))
 
 
 def split_units(

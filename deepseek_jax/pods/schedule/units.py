@@ -167,9 +167,9 @@ def _head(experiment: Experiment, decoder: Decoder, depth: int):
   mtp_weight = experiment.objective.build(experiment.train_steps)(jnp.int32(0))
 
   def finish(module: Decoder, stream: Any, context: Any) -> tuple[list[jax.Array], jax.Array]:
-    hiddens = [module.finish(stream)]
-    if depth:
-      state = module.config.mtp.start(stream, hiddens[0])
+    hiddens, mtp = [module.finish(stream)], module.config.mtp
+    if mtp is not None:
+      state = mtp.start(stream, hiddens[0])
       for k in range(1, depth + 1):
         tokens = shift_left(context.tokens, k)
         state, hidden, _ = module.ahead(k, state, tokens, context)
