@@ -17,7 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 _LANES = 128
 """Numbers in a vector of a TPU."""
 
