@@ -116,6 +116,7 @@ def test_seconds_on_a_torus():
   assert seconds('all-gather', line) == pytest.approx(7e9 / 100e9)
   assert seconds('all-reduce', ring) == pytest.approx(14e9 / 200e9)
   assert seconds('all-to-all', ring) == pytest.approx(7e9 * 8 / 8 / 100e9)
+  assert seconds('all-to-all', line) == pytest.approx(7e9 * 8 / 4 / 100e9)
   assert seconds('all-gather', Wires((8, 8), (2, 2), (1, 1))) == pytest.approx(7e9 / 400e9)
   assert seconds('all-gather', Wires((4,), (2,), (2,))) == pytest.approx(7e9 / 100e9)
   across = Wires((8,), (2,), (1,), slices=2)
