@@ -165,14 +165,14 @@ class Wires:
 
   Attributes:
     points: distinct places along each axis of the torus, axes with one left out.
-    closed: whether each of those axes is a ring.
+    ways: directions along each of those axes: 2 of a ring, 1 of an open line.
     stretch: links between neighbours of the group along each of them.
     slices: slices that the group spans.
     dies: devices of a chip that it has.
   """
 
   points: tuple[int, ...]
-  closed: tuple[bool, ...]
+  ways: tuple[int, ...]
   stretch: tuple[int, ...]
   slices: int = 1
   dies: int = 1
@@ -187,18 +187,18 @@ def lay_out(group: Sequence[int], coords: Sequence[tuple[int, ...]], topology: T
     topology: the slices.
   """
   places = [coords[device] for device in group]
-  points, closed, stretch = [], [], []
+  points, ways, stretch = [], [], []
   for axis, length in enumerate(topology.shape):
     found = sorted({place[axis] for place in places})
     if len(found) > 1:
       step = max(1, min(b - a for a, b in itertools.pairwise(found)))
       whole = len(found) * step >= length
       points.append(len(found))
-      closed.append(whole and length % topology.chip.ring == 0)
+      ways.append(2 if whole and length % topology.chip.ring == 0 else 1)
       stretch.append(step)
   dies = len({place[-2] for place in places})
   return Wires(
-    tuple(points), tuple(closed), tuple(stretch), len({place[-1] for place in places}), dies
+    tuple(points), tuple(ways), tuple(stretch), len({place[-1] for place in places}), dies
   )
 
 
@@ -226,16 +226,13 @@ def collective_seconds(collective: Collective, wires: Wires, topology: Topology)
   if collective.kind in ('all-to-all', 'ragged-all-to-all'):
     # Mean way of a quarter of a ring, a third of a line, over links in both directions.
     inside = max(
-      sent * points / (8 if closed else 4) * step / chip.ici_link
-      for points, closed, step in zip(wires.points, wires.closed, wires.stretch)
+      sent * points / (4 * ways) * step / chip.ici_link
+      for points, ways, step in zip(wires.points, wires.ways, wires.stretch)
     )
   elif collective.kind == 'collective-permute':
     inside = sent * min(wires.stretch) / chip.ici_link
   else:
-    each = [
-      (2 if closed else 1) * chip.ici_link / step
-      for closed, step in zip(wires.closed, wires.stretch)
-    ]
+    each = [ways * chip.ici_link / step for ways, step in zip(wires.ways, wires.stretch)]
     inside = sent / sum(each)
   return max(inside, outside, hops(wires) * chip.hop_seconds)
 
@@ -243,6 +240,6 @@ def collective_seconds(collective: Collective, wires: Wires, topology: Topology)
 def hops(wires: Wires) -> int:
   """Returns the links on the longest way through a group; both ways round a ring are taken."""
   return sum(
-    points // 2 * step if closed else (points - 1) * step
-    for points, closed, step in zip(wires.points, wires.closed, wires.stretch)
+    points // 2 * step if ways == 2 else (points - 1) * step
+    for points, ways, step in zip(wires.points, wires.ways, wires.stretch)
   )

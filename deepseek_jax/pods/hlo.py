@@ -39,12 +39,12 @@ class Array:
   Attributes:
     dtype: as HLO names it.
     shape: sizes of its axes.
-    near: whether it lies in the memory beside the core.
+    space: of memory: 0 is the large one, 1 lies beside the core.
   """
 
   dtype: str
   shape: tuple[int, ...]
-  near: bool = False
+  space: int = 0
 
   @property
   def size(self) -> int:
@@ -67,7 +67,6 @@ class Instruction:
     type_text: of its result.
     operands: names of what it reads.
     rest: everything after the operands.
-    root: whether it is the computation's result.
   """
 
   name: str
@@ -76,7 +75,6 @@ class Instruction:
   operands: tuple[str, ...]
   rest: str
   arguments: str
-  root: bool
 
   @functools.cached_property
   def arrays(self) -> tuple[Array, ...]:
@@ -137,10 +135,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-  """Instructions in the order in which they run."""
+  """Instructions in the order in which they run; one is the result."""
 
   name: str
   instructions: tuple[Instruction, ...]
+  result: str
 
   @functools.cached_property
   def by_name(self) -> dict[str, Instruction]:
@@ -150,7 +149,7 @@ class Computation:
   @property
   def root(self) -> Instruction:
     """Its result."""
-    return next((i for i in self.instructions if i.root), self.instructions[-1])
+    return self.by_name[self.result]
 
   def parameter(self, number: int) -> Instruction | None:
     """Returns one of its parameters."""
@@ -190,7 +189,7 @@ class Module:
 def parse_type(text: str) -> tuple[Array, ...]:
   """Returns the arrays of a type such as `(f32[2,3]{1,0:T(8,128)S(1)}, s32[])`."""
   return tuple(
-    Array(dtype, tuple(map(int, filter(None, shape.split(',')))), 'S(1)' in layout)
+    Array(dtype, tuple(map(int, filter(None, shape.split(',')))), int('S(1)' in layout))
     for dtype, shape, layout in _ARRAY.findall(text)
   )
 
@@ -211,7 +210,9 @@ def parse(text: str) -> Module:
         entry = name if header[1] else entry
     elif line == '}':
       if lines:
-        computations[name] = Computation(name, tuple(_instruction(*line) for line in lines))
+        result = next((place for place, _, root in lines if root), lines[-1][0])
+        found = tuple(_instruction(place, body) for place, body, _ in lines)
+        computations[name] = Computation(name, found, result)
       name = None
     elif (match := _INSTRUCTION.match(line)) is not None:
       lines.append((match[2], match[3], bool(match[1])))
@@ -224,14 +225,14 @@ def parse(text: str) -> Module:
   return Module(computations, entry)
 
 
-def _instruction(name: str, text: str, root: bool) -> Instruction:
+def _instruction(name: str, text: str) -> Instruction:
   end = _closing(text, 0) + 1 if text.startswith('(') else text.index(' ')
   type_text, rest = text[:end], text[end:].lstrip()
   start = rest.index('(')
   close = _closing(rest, start)
   inside = rest[start + 1 : close]
   operands = tuple(_OPERAND.findall(inside))
-  return Instruction(name, rest[:start], type_text, operands, rest[close + 1 :], inside, root)
+  return Instruction(name, rest[:start], type_text, operands, rest[close + 1 :], inside)
 
 
 def _closing(text: str, start: int) -> int:

@@ -67,5 +67,5 @@ def _splash(home: Computation, call: Instruction) -> Work | None:
   pairs = side * side * sum(min(across, row + 1) for row in range(rows))
   keys, values = _PRODUCTS[kind]
   flops = 2.0 * heads * pairs * (keys * width + values * value.shape[-1])
-  moved = sum(a.bytes for a in (*reads, *call.arrays) if not a.near)
+  moved = sum(a.bytes for a in (*reads, *call.arrays) if a.space == 0)
   return Work({query.dtype: flops}, heads * pairs, float(moved), flops)

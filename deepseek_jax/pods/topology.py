@@ -26,16 +26,18 @@ class Topology:
     generation: a name of `chips.CHIPS`.
     shape: chips along each axis of the torus of one slice.
     slices: how many such slices, joined by the network of the data centre.
+    measured: what one device can do, of a generation that is in no table.
   """
 
   generation: str
   shape: tuple[int, ...]
   slices: int = 1
+  measured: Chip | None = None
 
   @property
   def chip(self) -> Chip:
     """What one device can do."""
-    return find_chip(self.generation)
+    return self.measured or find_chip(self.generation)
 
   @property
   def chips(self) -> int:

@@ -164,22 +164,22 @@ def _valid_places(size: int, window: int, out: int, facts: dict[str, tuple[int, 
 def _moved(module: Module, home: Computation, instruction: Instruction) -> float:
   """Bytes between memory and the core; what lies beside the core already moves nothing."""
   op = instruction.opcode
-  written = [array for array in instruction.arrays if not array.near]
+  written = [array for array in instruction.arrays if array.space == 0]
   if op in ('dynamic-slice', 'slice', 'gather'):
-    near = [a for a in home.reads(instruction)[:1] if a.near]
+    near = [a for a in home.reads(instruction)[:1] if a.space]
     return sum(a.bytes for a in written) + (0 if near else sum(a.bytes for a in instruction.arrays))
   if op == 'dynamic-update-slice':
     reads = home.reads(instruction)
-    return 2.0 * reads[1].bytes if len(reads) > 1 and not instruction.arrays[0].near else 0.0
+    return 2.0 * reads[1].bytes if len(reads) > 1 and instruction.arrays[0].space == 0 else 0.0
   if op == 'copy-start':
     # Destination, source, and a token.
     pair = instruction.arrays[:2]
-    return float(sum(a.bytes for a in pair if not a.near))
+    return float(sum(a.bytes for a in pair if a.space == 0))
   if op == 'fusion':
     body = next(module.inner(instruction, 'calls'), None)
     if body is not None:
       return _fusion_moved(home, instruction, body)
-  reads = [array for array in home.reads(instruction) if not array.near]
+  reads = [array for array in home.reads(instruction) if array.space == 0]
   return float(sum(a.bytes for a in written) + sum(a.bytes for a in reads))
 
 
@@ -189,7 +189,7 @@ def _fusion_moved(home: Computation, fusion: Instruction, body: Computation) -> 
   moved = written
   for number, name in enumerate(fusion.operands):
     source = home.by_name.get(name)
-    if source is None or not source.arrays or len(source.arrays) > 1 or source.arrays[0].near:
+    if source is None or not source.arrays or len(source.arrays) > 1 or source.arrays[0].space:
       continue
     inside = body.parameter(number)
     if inside is None:
@@ -217,9 +217,9 @@ def _written(body: Computation, fusion: Instruction) -> tuple[set[str], float]:
       if target is not None and target.opcode == 'parameter':
         updated.add(target.name)
       update = body.by_name.get(inner.operands[1])
-      total += 0.0 if array.near or update is None else sum(a.bytes for a in update.arrays)
+      total += 0.0 if array.space or update is None else sum(a.bytes for a in update.arrays)
     else:
-      total += 0.0 if array.near else array.bytes
+      total += 0.0 if array.space else array.bytes
   return updated, total
 
 

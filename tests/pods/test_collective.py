@@ -95,19 +95,19 @@ def test_wires_of_a_group():
   """Rings, open lines, every other chip of a ring, and both at once."""
   topology = parse_topology('v5p:8x8x8')
   coords = [(x, y, z, 0, 0) for x in range(8) for y in range(8) for z in range(8)]
-  assert lay_out(range(8), coords, topology) == Wires((8,), (True,), (1,))
-  assert lay_out(range(0, 8, 2), coords, topology) == Wires((4,), (True,), (2,))
-  assert lay_out(range(4), coords, topology) == Wires((4,), (False,), (1,))
-  assert lay_out(range(64), coords, topology) == Wires((8, 8), (True, True), (1, 1))
+  assert lay_out(range(8), coords, topology) == Wires((8,), (2,), (1,))
+  assert lay_out(range(0, 8, 2), coords, topology) == Wires((4,), (2,), (2,))
+  assert lay_out(range(4), coords, topology) == Wires((4,), (1,), (1,))
+  assert lay_out(range(64), coords, topology) == Wires((8, 8), (2, 2), (1, 1))
   short = parse_topology('v6e:4x4')
   grid = [(x, y, 0, 0) for x in range(4) for y in range(4)]
-  assert lay_out(range(4), grid, short).closed == (False,)
+  assert lay_out(range(4), grid, short).ways == (1,)
 
 
 def test_seconds_on_a_torus():
   """By hand: links of 100 GB/s; two directions of a ring; half of everybody's way on a line."""
   topology, size = parse_topology('v5p:8x8x8'), 8e9
-  ring, line = Wires((8,), (True,), (1,)), Wires((8,), (False,), (1,))
+  ring, line = Wires((8,), (2,), (1,)), Wires((8,), (1,), (1,))
 
   def seconds(kind, wires):
     return collective_seconds(Collective(kind, ('data',), tuple(range(8)), size), wires, topology)
@@ -116,9 +116,10 @@ def test_seconds_on_a_torus():
   assert seconds('all-gather', line) == pytest.approx(7e9 / 100e9)
   assert seconds('all-reduce', ring) == pytest.approx(14e9 / 200e9)
   assert seconds('all-to-all', ring) == pytest.approx(7e9 * 8 / 8 / 100e9)
-  assert seconds('all-gather', Wires((8, 8), (True, True), (1, 1))) == pytest.approx(7e9 / 400e9)
-  assert seconds('all-gather', Wires((4,), (True,), (2,))) == pytest.approx(7e9 / 100e9)
-  across = Wires((8,), (True,), (1,), slices=2)
+  assert seconds('all-to-all', line) == pytest.approx(7e9 * 8 / 4 / 100e9)
+  assert seconds('all-gather', Wires((8, 8), (2, 2), (1, 1))) == pytest.approx(7e9 / 400e9)
+  assert seconds('all-gather', Wires((4,), (2,), (2,))) == pytest.approx(7e9 / 100e9)
+  across = Wires((8,), (2,), (1,), slices=2)
   assert seconds('all-gather', across) == pytest.approx(7e9 / 6.25e9)
   alone = Collective('all-gather', (), (0,), size)
   assert collective_seconds(alone, ring, topology) == 0

@@ -55,7 +55,7 @@ def test_a_module_is_read():
   assert fusion.backend() == {'a': {'estimated_cycles': '33'}}
   assert [c.name for c in module.inner(fusion)] == ['inner']
   body = module.computations['body']
-  assert body.reads(fusion) == [hlo.Array('f32', (2,), near=True)]
+  assert body.reads(fusion) == [hlo.Array('f32', (2,), space=1)]
   assert body.root.name == 'out'
   assert module.computations['inner'].root.op_name.endswith('/add')
   assert [a.bytes for a in body.root.arrays] == [4, 8]
@@ -86,17 +86,17 @@ def test_estimates_that_stand_for_nothing_are_none():
 @pytest.mark.parametrize(
   ('text', 'arrays'),
   [
-    ('f32[2,3]{1,0:T(8,128)(2,1)S(1)}', [('f32', (2, 3), True, 24)]),
-    ('(bf16[4]{0}, s32[])', [('bf16', (4,), False, 8), ('s32', (), False, 4)]),
-    ('s4[3]{0:E(4)}', [('s4', (3,), False, 2)]),
-    ('token[]', [('token', (), False, 0)]),
-    ('pred[0,8]{1,0}', [('pred', (0, 8), False, 0)]),
-    ('f8e4m3fn[16]{0}', [('f8e4m3fn', (16,), False, 16)]),
+    ('f32[2,3]{1,0:T(8,128)(2,1)S(1)}', [('f32', (2, 3), 1, 24)]),
+    ('(bf16[4]{0}, s32[])', [('bf16', (4,), 0, 8), ('s32', (), 0, 4)]),
+    ('s4[3]{0:E(4)}', [('s4', (3,), 0, 2)]),
+    ('token[]', [('token', (), 0, 0)]),
+    ('pred[0,8]{1,0}', [('pred', (0, 8), 0, 0)]),
+    ('f8e4m3fn[16]{0}', [('f8e4m3fn', (16,), 0, 16)]),
   ],
 )
 def test_types(text, arrays):
   """Of one array and of tuples, with bits smaller than a byte."""
-  assert [(a.dtype, a.shape, a.near, a.bytes) for a in hlo.parse_type(text)] == arrays
+  assert [(a.dtype, a.shape, a.space, a.bytes) for a in hlo.parse_type(text)] == arrays
 
 
 def test_what_is_no_module_is_refused():
