@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
   mesh = MeshConfig(replica=REPLICA.value, data=DATA.value)
   base = resolved(load_config(CONFIG.value), Float32())
   base = dataclasses.replace(base, rules=FSDP, mesh=mesh)
-  rows = []
+  rows: list[dict[str, Any]] = []
   for name in CHOSEN.value:
     program = build_program(dataclasses.replace(base, reduction=kinds[name]), jax.devices())
     compiled = program.step.lower(program.abstract_state, program.abstract_batch()).compile()

@@ -149,12 +149,13 @@ def sum_tree(kind: Exact | Quantised, tree: dict[str, jax.Array], axis: str) -> 
   Returns:
     Two dicts like `tree`: sums, the same on all replicas, and errors of this one.
   """
-  totals, errors = {}, {}
+  totals: dict[str, jax.Array] = {}
+  errors: dict[str, jax.Array] = {}
   for name, addresses in buckets(tuple(tree)).items():
     with jax.named_scope(f'exchange/{name}'):
       sums, lost = kind.sum_leaves([tree[address] for address in addresses], axis)
-    totals |= zip(addresses, sums, strict=True)
-    errors |= zip(addresses, lost, strict=True)
+    totals |= dict(zip(addresses, sums, strict=True))
+    errors |= dict(zip(addresses, lost, strict=True))
   return totals, errors
 
 

@@ -122,7 +122,7 @@ def _by_computation(hlo: str) -> dict[str, list[str]]:
   return found
 
 
-def _times(lines: Mapping[str, list[str]]) -> dict[str, int]:
+def _times(lines: dict[str, list[str]]) -> dict[str, int]:
   """How often each computation runs in one run of the entry; of branches, every one counts."""
   times = {'': 1}
   # A computation is written before those that call it, the entry last.
@@ -152,11 +152,11 @@ def _groups(line: str, sizes: Mapping[str, int]) -> list[list[int]]:
   if text.startswith('mesh'):
     names = re.findall(r"'(\w+)'=(\d+)", text)
     chosen = re.findall(r"'(\w+)'", text[text.index(']') :])
-    shape = [int(size) for _, size in names]
+    sizes_there = [int(size) for _, size in names]
     places = [place for place, (name, _) in enumerate(names) if name in chosen]
-    grid = np.arange(devices).reshape(shape)
+    grid = np.arange(devices).reshape(sizes_there)
     grid = np.moveaxis(grid, places, range(-len(places), 0))
-    return grid.reshape(-1, math.prod(shape[place] for place in places)).tolist()
+    return grid.reshape(-1, math.prod(sizes_there[place] for place in places)).tolist()
   shape, source, order = re.fullmatch(
     r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
   ).groups()  # type: ignore[union-attr]

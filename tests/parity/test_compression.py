@@ -98,7 +98,11 @@ def start(made: Program) -> TrainState:
   abstract = made.abstract_state
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
   params, buffers = (jax.tree.map(draw, tree) for tree in (state.params, state.buffers))
-  return put(made, state.replace(params=params, buffers=buffers))
+  state = state.replace(params=params, buffers=buffers)
+  kind = made.experiment.reduction
+  if isinstance(kind, LocalSteps):
+    state = state.replace(carry={**state.carry, 'interval': np.int32(kind.interval.steps)})
+  return put(made, state)
 
 
 def put(made: Program, state: Any) -> TrainState:
@@ -228,8 +232,16 @@ def test_what_crosses(reduction):
     assert {collective.axes for collective in large} == {('replica',)}
 
 
+def names_in(text: str) -> list[str]:
+  """The operands of an operation."""
+  return re.findall(r'%([\w.\-]+)', re.split(r', (?:metadata|to_apply|calls|body)=', text)[0])
+
+
 def needed(hlo: str, wanted: str) -> set[str]:
-  """Where all comes from that the first collectives of a bucket wait for, by the entry's text."""
+  """Where all comes from that the first collectives of a bucket wait for, by the entry's text.
+
+  The compiler joins sums over devices of a slice into one: of that, only the own operand counts.
+  """
   lines = {}
   for line in hlo[hlo.index('\nENTRY ') :].splitlines():
     match = re.match(r'\s+(?:ROOT )?%?([\w.\-]+) = (.*)', line)
@@ -243,7 +255,12 @@ def needed(hlo: str, wanted: str) -> set[str]:
   assert waiting, wanted
   seen = set(waiting)
   while waiting:
-    for name in re.findall(r'%([\w.\-]+)', lines[waiting.pop()].split(', metadata=')[0]):
+    text = lines[waiting.pop()]
+    operands = names_in(text)
+    place = re.search(r'get-tuple-element\(.*\), index=(\d+)', text)
+    if place and ' all-reduce(' in lines[operands[0]]:
+      operands = [names_in(lines[operands[0]])[int(place[1])]]
+    for name in operands:
       if name in lines and name not in seen:
         seen.add(name)
         waiting.append(name)
