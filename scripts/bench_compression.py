@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
     compiled = program.step.lower(program.abstract_state, program.abstract_batch()).compile()
     found = read_collectives(compiled.as_text(), dict(program.mesh.shape))
     crossing = [collective for collective in found if 'replica' in collective.axes]
-    row = {
+    row: dict[str, Any] = {
       'kind': name,
       'sent_bytes': {' × '.join(axes): sent for axes, sent in sent_by_axes(found).items()},
       'crossing_bytes': sum(collective.sent_bytes for collective in crossing),

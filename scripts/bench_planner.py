@@ -63,16 +63,15 @@ def layouts() -> dict[str, Any]:
 
   base = tiny_mla.get_config()
   attention = MLA(heads=8, nope_dim=32, rope_dim=16, value_dim=32, latent=64, query_latent=None)
+  model: Any = base.model
   dense = dataclasses.replace(
-    base.model, depth=4, width=256, attention=attention, dense=SwiGLU(hidden=1024),
+    model, depth=4, width=256, attention=attention, dense=SwiGLU(hidden=1024),
     dense_layers=4, mtp=None,
   )  # fmt: skip
   moe = dataclasses.replace(
     dense,
     dense_layers=1,
-    feed_forward=dataclasses.replace(
-      base.model.feed_forward, hidden=512, dispatch=AllToAll(bound=2.0)
-    ),
+    feed_forward=dataclasses.replace(model.feed_forward, hidden=512, dispatch=AllToAll(bound=2.0)),
   )
   data = dataclasses.replace(base.data, length=128, batch_size=64)
   plain = Rules(batch=('replica', 'data'))
@@ -181,7 +180,7 @@ def spearman(first: list[float], second: list[float]) -> float:
   import numpy as np
 
   ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-  return float(np.corrcoef(*ranks)[0, 1])
+  return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 if __name__ == '__main__':

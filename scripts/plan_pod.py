@@ -119,15 +119,16 @@ def search(experiment: Any, topologies: Sequence[Any]) -> None:
     return plan_training(candidate.experiment, candidate.topology, find_devices(candidate.topology))
 
   found = []
+  out = pathlib.Path(OUT.value or '.')
   for topology in topologies:
     ranked = layouts.rank(experiment, topology, layouts.Space())
     print(f'{topology.name}\n{layouts.describe_ranking(ranked, ROWS.value)}\n', flush=True)
     if SEARCH.value:
       chosen = layouts.choose(ranked, SEARCH.value)
-      found += layouts.compile_best(chosen, pathlib.Path(OUT.value), compile_plan)
+      found += layouts.compile_best(chosen, out, compile_plan)
   if found:
     text = layouts.describe_found(found)
-    (pathlib.Path(OUT.value) / 'search.txt').write_text(text + '\n', encoding='utf-8')
+    (out / 'search.txt').write_text(text + '\n', encoding='utf-8')
     print(f'\n{text}')
 
 

@@ -161,7 +161,7 @@ class Stages:
     at = even.index(max(even))
     part = segments[at]
     each, rest = even[at] // len(part.pattern) // self.schedule.rounds, part.repeats % places
-    own = [Segment(part.pattern, each, AXIS)] * self.schedule.rounds
+    own = [Segment(part.pattern, each, 'stage')] * self.schedule.rounds
     after = [Segment(part.pattern, rest)] if rest else []
     return (*segments[:at], *own, *after, *segments[at + 1 :])
 

@@ -107,7 +107,8 @@ def layouts(experiment: Experiment, topology: Topology, space: Space) -> Iterato
     changes |= _dispatch(experiment, expert, space.bound)
     found = override(experiment, changes)[0]
     # Reading a large vocabulary each time would take longer than everything else.
-    data = dataclasses.replace(found.data, tokenizer=Bytes())
+    data: Any = found.data
+    data = dataclasses.replace(data, tokenizer=Bytes())
     if not dataclasses.replace(found, data=data).check(devices):
       yield found
 

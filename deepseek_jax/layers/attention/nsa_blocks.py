@@ -19,12 +19,18 @@ CHUNK = 1024
 class Sizes(Protocol):
   """What the branch needs to know of `NSA`."""
 
-  head_dim: int
-  span: int
-  block: int
-  blocks: int
-  initial: int
-  local: int
+  @property
+  def head_dim(self) -> int: ...
+  @property
+  def span(self) -> int: ...
+  @property
+  def block(self) -> int: ...
+  @property
+  def blocks(self) -> int: ...
+  @property
+  def initial(self) -> int: ...
+  @property
+  def local(self) -> int: ...
 
 
 class Pairs(NamedTuple):
@@ -133,7 +139,9 @@ def attend_to_blocks(
     beside = jnp.where(beside <= places[..., None], beside, -1)[:, :, None]
     beside = jnp.broadcast_to(beside, (*chosen.shape[:3], beside.shape[-1]))
     indices = jnp.concatenate([far, beside], axis=-1).astype(jnp.int32)
-    return attend_groups_sharded(query, *pairs, indices, context.rules, scale=c.head_dim**-0.5)
+    key, value = pairs
+    scale = c.head_dim**-0.5
+    return attend_groups_sharded(query, key, value, indices, context.rules, scale=scale)
 
   def attend_own(pieces, pairs, whole):
     length, tokens = pieces[0].shape[1], whole.tables
