@@ -20,17 +20,28 @@ class Sizes(Protocol):
   """What the branch needs to know of `NSA`."""
 
   @property
-  def head_dim(self) -> int: ...
+  def head_dim(self) -> int:
+    """Channels of a query."""
+
   @property
-  def span(self) -> int: ...
+  def span(self) -> int:
+    """Tokens of a compressed entry."""
+
   @property
-  def block(self) -> int: ...
+  def block(self) -> int:
+    """Tokens of a block."""
+
   @property
-  def blocks(self) -> int: ...
+  def blocks(self) -> int:
+    """Blocks that a query chooses."""
+
   @property
-  def initial(self) -> int: ...
+  def initial(self) -> int:
+    """First blocks that are always chosen."""
+
   @property
-  def local(self) -> int: ...
+  def local(self) -> int:
+    """Last blocks that are always chosen."""
 
 
 class Pairs(NamedTuple):
