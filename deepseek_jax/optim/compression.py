@@ -222,7 +222,7 @@ class LocalSteps:
   Each has an optimizer of its own and steps along the gradient of its own rows. When it is due, the
   mean of what they have moved is exchanged, and all go on from there. Between exchanges nothing
   crosses but counts and scalars. It is another algorithm than one step for all, and its weights are
-  others: by how much is in experiments/gradient_compression.
+  others; what was measured of it, and what was not, is in experiments/gradient_compression.
 
   An outer optimizer (Nesterov's momentum) may take the mean for its gradient: that is DiLoCo, with
   a rate of 0.7 and a momentum of 0.9 after hundreds of steps. In the long run it goes rate /

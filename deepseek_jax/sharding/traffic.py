@@ -157,13 +157,10 @@ def _groups(line: str, sizes: Mapping[str, int]) -> list[list[int]]:
     grid = np.arange(devices).reshape(sizes_there)
     grid = np.moveaxis(grid, places, range(-len(places), 0))
     return grid.reshape(-1, math.prod(sizes_there[place] for place in places)).tolist()
-  shape, source, order = re.fullmatch(
-    r'\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text
-  ).groups()  # type: ignore[union-attr]
-  ids = np.arange(devices).reshape([int(n) for n in source.split(',')])
-  if order:
-    ids = ids.transpose([int(n) for n in order.split(',')])
-  return ids.reshape([int(n) for n in shape.split(',')]).tolist()
+  # [groups, size]<=[source shape]T(order): numbers in that shape, transposed, and cut anew.
+  shape, source, *order = ([int(n) for n in part.split(',')] for part in _LISTS.findall(text))
+  ids = np.arange(devices).reshape(source)
+  return (ids.transpose(order[0]) if order else ids).reshape(shape).tolist()
 
 
 def _axes(groups: list[list[int]], sizes: Mapping[str, int]) -> tuple[str, ...]:
