@@ -2,8 +2,8 @@
 
   python -m experiments.pipeline_schedules.plot
 
-Draws two_processes (measured above predicted, for 4 microbatches) and v3_671b (three schedules on
-16 stages, counted costs) beside this file, as PNG and SVG.
+Draws two_processes (measured above predicted, the fewest microbatches; PNG and SVG) where there is
+a results.jsonl, and v3_671b (three schedules on 16 stages, counted costs; PNG), beside this file.
 """
 
 import json
@@ -94,9 +94,12 @@ def print_p2() -> None:
 
 def main() -> None:
   """Prints the tables and draws the pictures."""
-  rows = read_rows()
-  print(report(rows))
-  draw_two_processes(rows)
+  if (FOLDER / 'results.jsonl').is_file():
+    rows = read_rows()
+    print(report(rows))
+    draw_two_processes(rows)
+  else:
+    print('no results.jsonl: the two processes have not been measured')
   draw_v3()
   print_p2()
 
