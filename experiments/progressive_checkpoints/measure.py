@@ -20,7 +20,7 @@ import time
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-RESULTS = pathlib.Path(__file__).parent / 'results.json'
+RESULTS = pathlib.Path(__file__).parent / 'figures.json'
 SAVE, SNAPSHOT = 50, 5
 """Steps between checkpoints, and between snapshots."""
 ARMS = {'checkpoints': 'None', 'snapshots': f'Snapshot(every={SNAPSHOT})'}
@@ -206,7 +206,7 @@ def cost(config: str, blocks: int, block: int) -> dict[str, Any]:
 
 
 def main() -> None:
-  """Measures, prints, and adds what was found to results.json."""
+  """Measures, prints, and adds what was found to figures.json."""
   parser = argparse.ArgumentParser()
   parser.add_argument('--what', choices=['kills', 'cost'], required=True)
   parser.add_argument('--kills', type=int, default=8)
