@@ -76,8 +76,8 @@ def layer_costs(kind: Any, form: str, length: int) -> tuple[int, dict[str, int]]
   params = nn.meta.unbox(boxed)['params']
 
   def loss(params, x, facts):
-    tokens, positions, segments = facts
-    context = Context(tokens, positions, segments, rules=rules, parallel=parallel)
+    names = 'tokens', 'positions', 'segments'
+    context = Context(**dict(zip(names, facts, strict=True)), rules=rules, parallel=parallel)
     (y, _), reported = module.apply({'params': params}, x, context, mutable=['losses'])
     return jnp.sum(y * y) + sum(jax.tree.leaves(reported), jnp.float32(0))
 
@@ -92,10 +92,12 @@ def layer_costs(kind: Any, form: str, length: int) -> tuple[int, dict[str, int]]
     x = jax.ShapeDtypeStruct((1, length, 896), jnp.float32, sharding=tokens)
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(whole, x, (fact,) * 3).compile()
   weights = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-  moved = moved_bytes(compiled.as_text() or '')
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert text is not None
+  assert memory is not None
+  moved = moved_bytes(text)
   # The sum of the weights' gradients is of every form.
   moved['weights'] = 2 * weights * (DEVICES - 1) // DEVICES
-  memory: Any = compiled.memory_analysis()
   return memory.temp_size_in_bytes, moved
 
 

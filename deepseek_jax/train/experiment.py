@@ -1,7 +1,7 @@
 """The one object that says what a run is."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 from deepseek_jax.core.annotation import Presets
 from deepseek_jax.core.config import ConfigError
@@ -10,6 +10,9 @@ from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.recall import Recall
 from deepseek_jax.layers.attention.interface import SharesRows, in_order_only
+from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.context_parallel import ContextParallel, Contiguous, Ring
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.moe import MoE
@@ -341,7 +344,13 @@ def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
         f'does not say that it takes tokens in the order {type(order).__name__}; use Contiguous(), '
         'or give it `check_shared`'
       ]
+    faults += heads_fault(kind, experiment, sizes)
     errors += [f'context_parallel: attention {type(kind).__name__}: {fault}' for fault in faults]
+  if isinstance(model, DeepSeekV4):
+    errors.append(
+      f'rules.seq {experiment.rules.seq} has {shards} devices that share a row; a whole step of '
+      'DeepSeekV4 was not found equal to that of one device there: let each have rows of its own'
+    )
   for moe in dict.fromkeys(block.feed_forward for block in blocks):
     parts = (moe.router, moe.dispatch) if isinstance(moe, MoE) else ()
     errors += [
@@ -351,6 +360,22 @@ def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
       for fault in in_order_only(order, 'the tokens of a row, one after the other,')
     ]
   return errors
+
+
+def heads_fault(kind: Any, experiment: Experiment, sizes: dict[str, int]) -> list[str]:
+  """Returns why an attention kind cannot have heads apart where devices share a row, as messages.
+
+  Kinds beside these three leave heads to the compiler, which ended the process when it was to
+  partition `DSA` so; the others of them were not tried.
+  """
+  rules = experiment.rules
+  spread = shard_count(rules.act_heads, sizes) > 1 or shard_count(rules.heads, sizes) > 1
+  if not spread or isinstance(kind, MLA | MHA | Window):
+    return []
+  return [
+    f'has heads on {rules.act_heads or rules.heads} where devices share a row, which the compiler '
+    'cannot partition for it; give `model` one device'
+  ]
 
 
 def resolved(experiment: Experiment, precision: Precision) -> Experiment:

@@ -214,7 +214,8 @@ def evaluation_sums(
   correct = jnp.sum((chosen[0] == wanted[0]) * weights[0])
   sums = {'nats': nats[0], 'targets': targets[0], 'correct': correct}
   if depth:
-    later = in_order(shift_left, chosen[0], 1, rules=context.rules, parallel=context.parallel)
+    rules, parallel = context.rules, context.parallel
+    later = in_order(shift_left, chosen[0], 1, rules=rules, parallel=parallel)
     sums |= {
       'mtp_nats': jnp.stack(nats[1:]),
       'mtp_targets': targets[1:],

@@ -342,8 +342,7 @@ def pick_spans(
     del whole
     first = jax.lax.axis_index(axes) * tokens.shape[1] - (length - 1)
     tokens, facts = with_tokens_before(tokens, facts, length - 1, axes)
-    positions, segments = facts
-    spans = find_spans(positions, segments, length, stride, first=length - 1)
+    spans = find_spans(facts.positions, facts.segments, length, stride, first=length - 1)
     last = jnp.where(spans.positions < 0, 0, spans.last + first)
     return tokens_of(spans, tokens, length), spans._replace(last=last)
 

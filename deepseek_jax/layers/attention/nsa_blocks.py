@@ -1,6 +1,6 @@
 """The branch of native sparse attention that chooses blocks of tokens, and attends to them."""
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,36 +12,11 @@ from deepseek_jax.ops.attention.pieces import cut, joined
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.attention.spans import Spans, find_spans, overlaps, rank_blocks
 
+if TYPE_CHECKING:
+  from deepseek_jax.layers.attention.nsa import NSA
+
 CHUNK = 1024
 """Queries whose keys are named one by one at once: their names alone are 4 · k bytes a query."""
-
-
-class Sizes(Protocol):
-  """What the branch needs to know of `NSA`."""
-
-  @property
-  def head_dim(self) -> int:
-    """Channels of a query."""
-
-  @property
-  def span(self) -> int:
-    """Tokens of a compressed entry."""
-
-  @property
-  def block(self) -> int:
-    """Tokens of a block."""
-
-  @property
-  def blocks(self) -> int:
-    """Blocks that a query chooses."""
-
-  @property
-  def initial(self) -> int:
-    """First blocks that are always chosen."""
-
-  @property
-  def local(self) -> int:
-    """Last blocks that are always chosen."""
 
 
 class Pairs(NamedTuple):
@@ -70,7 +45,7 @@ class Choice(NamedTuple):
 
 
 def choose_blocks(
-  c: Sizes,
+  c: 'NSA',
   query: jax.Array,
   entries: Pairs,
   spans: Spans | None,
@@ -80,7 +55,7 @@ def choose_blocks(
   """Chooses blocks for every query and group of heads.
 
   Args:
-    c: sizes.
+    c: the config.
     query: [B, T, H, K].
     entries: by whose attention blocks are chosen.
     spans: where the entries' spans end; None where their slots say it.
@@ -123,7 +98,7 @@ def choose_blocks(
 
 
 def attend_to_blocks(
-  c: Sizes,
+  c: 'NSA',
   query: jax.Array,
   pairs: Pairs,
   choice: Choice,
@@ -133,7 +108,7 @@ def attend_to_blocks(
   """Attends from queries [B, T, H, K] to the tokens of their blocks, giving [B, T, H, V].
 
   Args:
-    c: sizes.
+    c: the config.
     query: [B, T, H, K].
     pairs: the tokens.
     choice: of each query.
@@ -142,7 +117,7 @@ def attend_to_blocks(
   """
 
   def attend(piece, pairs, tokens):
-    query, chosen, begins, places = piece
+    (query, chosen, begins, places), (key, value) = piece, pairs
     far = jax.vmap(lambda x, i: x[i])(tokens, jnp.maximum(chosen, 0))
     far = jnp.where(chosen[..., None] >= 0, far, -1)
     far = far.reshape(*chosen.shape[:3], chosen.shape[3] * c.block)
@@ -150,9 +125,8 @@ def attend_to_blocks(
     beside = jnp.where(beside <= places[..., None], beside, -1)[:, :, None]
     beside = jnp.broadcast_to(beside, (*chosen.shape[:3], beside.shape[-1]))
     indices = jnp.concatenate([far, beside], axis=-1).astype(jnp.int32)
-    key, value = pairs
-    scale = c.head_dim**-0.5
-    return attend_groups_sharded(query, key, value, indices, context.rules, scale=scale)
+    arrays = query, key, value, indices
+    return attend_groups_sharded(*arrays, context.rules, scale=c.head_dim**-0.5)
 
   def attend_own(pieces, pairs, whole):
     length, tokens = pieces[0].shape[1], whole.tables

@@ -67,11 +67,11 @@ def own_parts(rules: Rules, rows: int, heads: int, tokens: tuple[str, ...] = ())
   left = tuple(axis for axis in rules.seq if axis in free and axis not in tokens)
   if arrays_are_whole() or shard_count(left, sizes) > 1:
     return None
-  along_rows, along_heads = (
+  shared = [
     tuple(axis for axis in axes if axis in free) if size % shard_count(axes, sizes) == 0 else ()
     for axes, size in ((rules.batch, rows), (rules.act_heads, heads))
-  )
-  return Parts(free, along_rows, along_heads, tokens)
+  ]
+  return Parts(free, shared[0], shared[1], tokens)
 
 
 def attend_sharded(

@@ -181,8 +181,8 @@ def merge(
 ) -> tuple[jax.Array, jax.Array]:
   """Joins attention over two sets of keys: outputs [B, T, H, V], log-sums [B, T, H], float32."""
   log_sum = jnp.logaddexp(one[1], other[1])
-  mine, others = (jnp.exp(log - log_sum)[..., None] for log in (one[1], other[1]))
-  return one[0] * mine + other[0] * others, log_sum
+  first, second = (jnp.exp(log - log_sum)[..., None] for log in (one[1], other[1]))
+  return one[0] * first + other[0] * second, log_sum
 
 
 def pass_along(tree: Any, axes: Axes) -> Any:
