@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +14,7 @@ from deepseek_jax.layers.context import Context, packed_context
 from deepseek_jax.layers.hyper_connections import HyperConnections
 from deepseek_jax.layers.moe.router.noise import Gumbel
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
-from deepseek_jax.models.decoder import canonical, grouped
+from deepseek_jax.models.decoder import canonical, grouped, init_variables
 from deepseek_jax.models.pipeline import GPipe, Interleaved, Stages
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
@@ -240,5 +241,8 @@ def test_rows_that_microbatches_do_not_divide(tiny):
   """Refused when the model is called, too."""
   decoder = tiny().build(stages=Stages(GPipe(microbatches=3), 1))
   context = dataclasses.replace(packed_context([(2,), (2,)]), rules=PIPELINE)
+  variables = jax.eval_shape(
+    lambda key: nn.meta.unbox(init_variables(decoder, key)), jax.random.key(0)
+  )
   with pytest.raises(ConfigError, match='2 rows cannot be cut into 3 microbatches'):
-    jax.eval_shape(lambda key: decoder.init_with_output(key, context)[0], jax.random.key(0))
+    jax.eval_shape(lambda variables: decoder.apply(variables, context), variables)

@@ -189,6 +189,7 @@ DATA = tiny_mla.get_config().data
 RUNS: dict[str, Any] = {
   # Three expert layers on two stages: one of them is left over.
   'uneven': ('mla', EXPERTS, 4, GPipe(microbatches=2), {'dispatch': AllToAll(), 'remat': REMAT}),
+  'local': ('mla', EXPERTS, 6, GPipe(microbatches=2), {}),
   'interleaved': ('mla', TWO, 6, Interleaved(microbatches=4), {}),
   'four': ('mla', FOUR, 5, GPipe(microbatches=4), {}),
   # Fewer microbatches than stages.
