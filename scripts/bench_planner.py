@@ -73,7 +73,7 @@ def layouts() -> dict[str, Any]:
     dense_layers=1,
     feed_forward=dataclasses.replace(model.feed_forward, hidden=512, dispatch=AllToAll(bound=2.0)),
   )
-  data = dataclasses.replace(base.data, length=128, batch_size=64)
+  data = dataclasses.replace(base.data, length=64, batch_size=32)
   plain = Rules(batch=('replica', 'data'))
   chosen: dict[str, tuple[Any, Any, Any, int, Any]] = {
     'replicated': (dense, plain, MeshConfig(data=8), 1, None),

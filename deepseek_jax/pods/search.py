@@ -232,7 +232,7 @@ def pareto(found: Sequence[Found]) -> list[Found]:
 def describe_layout(experiment: Experiment) -> str:
   """Returns mesh, rules, remat, microbatches and moments of a run in one line."""
   mesh, moments = experiment.mesh, getattr(experiment.optimizer, 'moments', '')
-  axes = f'{mesh.data} data × {mesh.expert} expert × {mesh.model} model'
+  axes = f'data {mesh.data} × expert {mesh.expert} × model {mesh.model}'
   remat = 'no remat' if experiment.remat is None else repr(experiment.remat)
   return f'{axes}, {remat}, {experiment.microbatches} microbatches, {moments} moments'
 

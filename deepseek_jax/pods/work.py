@@ -178,12 +178,14 @@ def _moved(module: Module, home: Computation, instruction: Instruction) -> float
   if op == 'fusion':
     body = next(module.inner(instruction, 'calls'), None)
     if body is not None:
-      return _fusion_moved(home, instruction, body)
+      return _fusion_moved(module, home, instruction, body)
   reads = [array for array in home.reads(instruction) if array.space == 0]
   return float(sum(a.bytes for a in written) + sum(a.bytes for a in reads))
 
 
-def _fusion_moved(home: Computation, fusion: Instruction, body: Computation) -> float:
+def _fusion_moved(
+  module: Module, home: Computation, fusion: Instruction, body: Computation
+) -> float:
   """Bytes of a fusion: of an operand that it only slices, the slices; in place, the updates."""
   updated, written = _written(body, fusion)
   moved = written
@@ -194,13 +196,30 @@ def _fusion_moved(home: Computation, fusion: Instruction, body: Computation) -> 
     inside = body.parameter(number)
     if inside is None:
       continue
-    users = [i for i in body.instructions if inside.name in i.operands]
-    if inside.name in updated:
+    if inside.name not in updated:
+      whole = source.arrays[0].bytes
+      moved += min(_read(module, body, inside, whole), whole)
+  return moved
+
+
+def _read(module: Module, body: Computation, value: Instruction, whole: float) -> float:
+  """Bytes of a fusion's operand that the fusion reads: slices, wherever in it they are taken."""
+  moved = 0.0
+  for user in body.instructions:
+    if value.name not in user.operands:
       continue
-    if users and all(i.opcode in _SLICES and i.operands[0] == inside.name for i in users):
-      moved += min(sum(a.bytes for i in users for a in i.arrays), source.arrays[0].bytes)
+    if user.opcode in _SLICES and user.operands[0] == value.name:
+      moved += sum(array.bytes for array in user.arrays)
+    elif user.opcode == 'bitcast':
+      moved += _read(module, body, user, whole)
+    elif user.opcode == 'fusion':
+      inner = next(module.inner(user, 'calls'), None)
+      parameter = None if inner is None else inner.parameter(user.operands.index(value.name))
+      if inner is None or parameter is None:
+        return whole
+      moved += _read(module, inner, parameter, whole)
     else:
-      moved += source.arrays[0].bytes
+      return whole
   return moved
 
 

@@ -86,6 +86,32 @@ def test_a_slice_of_a_large_array_is_all_that_is_read(compiled):
   assert total(module).bytes < 10 * 128 * 4
 
 
+def test_slices_are_found_in_fusions_of_fusions():
+  """Behind a bitcast, and in a fusion in the fusion."""
+  text = """HloModule m
+%inner (a: f32[100,64], i: s32[]) -> f32[1,64] {
+  %a = f32[100,64]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %b = f32[100,64]{1,0} bitcast(%a)
+  ROOT %s = f32[1,64]{1,0} dynamic-slice(%b, %i, %i), dynamic_slice_sizes={1,64}
+}
+%outer (c: f32[100,64], j: s32[]) -> f32[1,64] {
+  %c = f32[100,64]{1,0} parameter(0)
+  %j = s32[] parameter(1)
+  %f = f32[1,64]{1,0} fusion(%c, %j), kind=kLoop, calls=%inner
+  ROOT %n = f32[1,64]{1,0} negate(%f)
+}
+ENTRY %main (x: f32[100,64], k: s32[]) -> f32[1,64] {
+  %x = f32[100,64]{1,0} parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %y = f32[1,64]{1,0} fusion(%x, %k), kind=kLoop, calls=%outer
+}
+"""
+  assert total(hlo.parse(text)).bytes == 2 * 64 * 4 + 4
+  whole = text.replace('negate(%f)', 'add(%f, %c)')
+  assert total(hlo.parse(whole)).bytes == 64 * 4 + 100 * 64 * 4 + 4
+
+
 def test_what_lies_beside_the_core_moves_nothing():
   """Memory space 1."""
   text = """HloModule m
