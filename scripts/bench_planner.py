@@ -61,7 +61,7 @@ def layouts() -> dict[str, Any]:
   from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
   from deepseek_jax.sharding.rules import Rules
 
-  base = tiny_mla.get_config()
+  base: Any = tiny_mla.get_config()
   attention = MLA(heads=8, nope_dim=32, rope_dim=16, value_dim=32, latent=64, query_latent=None)
   dense = dataclasses.replace(
     base.model, depth=4, width=256, attention=attention, dense=SwiGLU(hidden=1024),
@@ -74,7 +74,7 @@ def layouts() -> dict[str, Any]:
       base.model.feed_forward, hidden=512, dispatch=AllToAll(bound=2.0)
     ),
   )
-  data = dataclasses.replace(base.data, length=64, batch_size=32)
+  data = dataclasses.replace(base.data, length=32, batch_size=64)
   plain = Rules(batch=('replica', 'data'))
   chosen: dict[str, tuple[Any, Any, Any, int, Any]] = {
     'replicated': (dense, plain, MeshConfig(data=8), 1, None),
@@ -181,7 +181,7 @@ def spearman(first: list[float], second: list[float]) -> float:
   import numpy as np
 
   ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-  return float(np.corrcoef(*ranks)[0, 1])
+  return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 if __name__ == '__main__':

@@ -148,7 +148,7 @@ def estimate_roughly(experiment: Experiment, machine: Machine) -> Rough:
   again = 0.0 if experiment.remat is None else 1.0
   mixing = _mixing(experiment) * tokens
   flops = 3 * forward + 1.5 * mixing + again * (_recomputed(listed) * tokens + mixing + making)
-  moved = 3 * sum(memory[kind] for kind in ('parameters', 'optimizer', 'gradients'))
+  moved = 3.0 * sum(memory[kind] for kind in ('parameters', 'optimizer', 'gradients'))
   passes = (3 + again) * experiment.microbatches
   moved += passes * sum(layer.values())
   stream = local.stream_bytes() * len(experiment.model.layers())

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -84,8 +84,8 @@ def read_collective(
   return Collective(kind, varying_axes(group, sizes), tuple(group), size)
 
 
-def _bytes(arrays: Sequence[Array] | object) -> float:
-  return float(sum(array.bytes for array in arrays))  # type: ignore[attr-defined]
+def _bytes(arrays: Iterable[Array]) -> float:
+  return float(sum(array.bytes for array in arrays))
 
 
 def first_group(instruction: Instruction, devices: int) -> list[int]:

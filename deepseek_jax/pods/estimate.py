@@ -17,7 +17,7 @@ bubbles in the matrix unit but those of sizes, no contention for memory. Nothing
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from deepseek_jax.pods.address import module_of, phase_of
@@ -50,7 +50,7 @@ class Machine:
   coords: Sequence[tuple[int, ...]]
 
 
-def machine_of(topology: Topology, sizes: Mapping[Any, int], devices: Sequence[Any]) -> Machine:
+def machine_of(topology: Topology, sizes: Mapping[Any, int], devices: Iterable[Any]) -> Machine:
   """Returns what a program on a mesh runs on.
 
   Args:
@@ -97,14 +97,15 @@ class Tally:
     """Adds what another did, several times over."""
     for key, work in other.work.items():
       self.work[key] = self.work.get(key, Work()).plus(work, times)
-    for mine, theirs in (
+    pairs: tuple[tuple[dict[Any, float], dict[Any, float]], ...] = (
       (self.seconds, other.seconds),
       (self.exchanged, other.exchanged),
       (self.exchange_seconds, other.exchange_seconds),
       (self.exposed_seconds, other.exposed_seconds),
-    ):
-      for key, value in theirs.items():  # type: ignore[assignment]
-        mine[key] = mine.get(key, 0.0) + times * value  # type: ignore[index]
+    )
+    for mine, theirs in pairs:
+      for place, value in theirs.items():
+        mine[place] = mine.get(place, 0.0) + times * value
     self.unknown_loops += other.unknown_loops
     self.unknown_kernels += other.unknown_kernels
     self.total_seconds += times * other.total_seconds

@@ -201,7 +201,9 @@ def parse(text: str) -> Module:
     ValueError: there is no entry computation.
   """
   computations: dict[str, Computation] = {}
-  entry, name, lines = None, None, []
+  entry: str | None = None
+  name: str | None = None
+  lines: list[tuple[str, str, bool]] = []
   for line in text.splitlines():
     if name is None:
       header = _HEADER.match(line)

@@ -107,8 +107,9 @@ def layouts(experiment: Experiment, topology: Topology, space: Space) -> Iterato
     changes |= _dispatch(experiment, expert, space.bound)
     found = override(experiment, changes)[0]
     # Reading a large vocabulary each time would take longer than everything else.
-    data = dataclasses.replace(found.data, tokenizer=Bytes())
-    if not dataclasses.replace(found, data=data).check(devices):
+    data: Any = found.data
+    small = dataclasses.replace(data, tokenizer=Bytes())
+    if not dataclasses.replace(found, data=small).check(devices):
       yield found
 
 
