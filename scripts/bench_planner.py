@@ -61,7 +61,7 @@ def layouts() -> dict[str, Any]:
   from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
   from deepseek_jax.sharding.rules import Rules
 
-  base = tiny_mla.get_config()
+  base: Any = tiny_mla.get_config()
   attention = MLA(heads=8, nope_dim=32, rope_dim=16, value_dim=32, latent=64, query_latent=None)
   model: Any = base.model
   dense = dataclasses.replace(
@@ -73,7 +73,7 @@ def layouts() -> dict[str, Any]:
     dense_layers=1,
     feed_forward=dataclasses.replace(model.feed_forward, hidden=512, dispatch=AllToAll(bound=2.0)),
   )
-  data = dataclasses.replace(base.data, length=64, batch_size=32)
+  data = dataclasses.replace(base.data, length=32, batch_size=64)
   plain = Rules(batch=('replica', 'data'))
   chosen: dict[str, tuple[Any, Any, Any, int, Any]] = {
     'replicated': (dense, plain, MeshConfig(data=8), 1, None),

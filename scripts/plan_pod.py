@@ -112,23 +112,23 @@ def search(experiment: Any, topologies: Sequence[Any]) -> None:
   from deepseek_jax.pods.topology import find_devices
   from deepseek_jax.pods.training import plan_training
 
-  if SEARCH.value and OUT.value is None:
+  folder = None if OUT.value is None else pathlib.Path(OUT.value)
+  if SEARCH.value and folder is None:
     raise ConfigError('--search needs --out, the folder for plans and configs')
 
   def compile_plan(candidate: Any) -> Any:
     return plan_training(candidate.experiment, candidate.topology, find_devices(candidate.topology))
 
   found = []
-  out = pathlib.Path(OUT.value or '.')
   for topology in topologies:
     ranked = layouts.rank(experiment, topology, layouts.Space())
     print(f'{topology.name}\n{layouts.describe_ranking(ranked, ROWS.value)}\n', flush=True)
-    if SEARCH.value:
+    if SEARCH.value and folder is not None:
       chosen = layouts.choose(ranked, SEARCH.value)
-      found += layouts.compile_best(chosen, out, compile_plan)
-  if found:
+      found += layouts.compile_best(chosen, folder, compile_plan)
+  if found and folder is not None:
     text = layouts.describe_found(found)
-    (out / 'search.txt').write_text(text + '\n', encoding='utf-8')
+    (folder / 'search.txt').write_text(text + '\n', encoding='utf-8')
     print(f'\n{text}')
 
 

@@ -80,6 +80,7 @@ class Tally:
     exchanged: bytes that must be sent, by (mesh axes, module, kind).
     exchange_seconds: by mesh axes, hidden or not.
     exposed_seconds: by mesh axes, while nothing else ran.
+    copy_seconds: of waiting for copies that were begun earlier.
     unknown_loops: `while` loops whose trips could not be read, counted once.
     unknown_kernels: kernels without a cost.
   """
@@ -89,6 +90,7 @@ class Tally:
   exchanged: dict[tuple[str, str, str], float] = dataclasses.field(default_factory=dict)
   exchange_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
   exposed_seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  copy_seconds: float = 0.0
   unknown_loops: list[str] = dataclasses.field(default_factory=list)
   unknown_kernels: list[str] = dataclasses.field(default_factory=list)
   total_seconds: float = 0.0
@@ -104,10 +106,11 @@ class Tally:
       (self.exposed_seconds, other.exposed_seconds),
     )
     for mine, theirs in pairs:
-      for name, value in theirs.items():
-        mine[name] = mine.get(name, 0.0) + times * value
+      for place, value in theirs.items():
+        mine[place] = mine.get(place, 0.0) + times * value
     self.unknown_loops += other.unknown_loops
     self.unknown_kernels += other.unknown_kernels
+    self.copy_seconds += times * other.copy_seconds
     self.total_seconds += times * other.total_seconds
 
   @property
@@ -236,7 +239,9 @@ class _Walk:
 
   def _wait(self, tally: Tally, clock: '_Clock', name: str) -> None:
     waited, axes = clock.end(name)
-    if waited and axes is not None:
+    if axes is None:
+      tally.copy_seconds += waited
+    elif waited:
       tally.exposed_seconds[axes] = tally.exposed_seconds.get(axes, 0.0) + waited
 
 

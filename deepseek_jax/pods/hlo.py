@@ -203,7 +203,7 @@ def parse(text: str) -> Module:
   computations: dict[str, Computation] = {}
   entry: str | None = None
   name: str | None = None
-  lines: list[tuple[str, str, Any]] = []
+  lines: list[tuple[str, str, bool]] = []
   for line in text.splitlines():
     if name is None:
       header = _HEADER.match(line)

@@ -108,8 +108,8 @@ def layouts(experiment: Experiment, topology: Topology, space: Space) -> Iterato
     found = override(experiment, changes)[0]
     # Reading a large vocabulary each time would take longer than everything else.
     data: Any = found.data
-    data = dataclasses.replace(data, tokenizer=Bytes())
-    if not dataclasses.replace(found, data=data).check(devices):
+    small = dataclasses.replace(data, tokenizer=Bytes())
+    if not dataclasses.replace(found, data=small).check(devices):
       yield found
 
 

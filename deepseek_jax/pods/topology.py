@@ -15,23 +15,21 @@ from typing import Any
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.pods.chips import Chip, find_chip
 
-_FORM = re.compile(r'([a-z0-9]+):(\d+(?:x\d+)*)(?:\*(\d+))?')
+_FORM = re.compile(r'([a-z0-9]+):(\d+(?:x\d+)*)')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-  """Slices of chips.
+  """A slice of chips.
 
   Attributes:
     generation: a name of `chips.CHIPS`.
-    shape: chips along each axis of the torus of one slice.
-    slices: how many such slices, joined by the network of the data centre.
+    shape: chips along each axis of the torus.
     measured: what one device can do, of a generation that is in no table.
   """
 
   generation: str
   shape: tuple[int, ...]
-  slices: int = 1
   measured: Chip | None = None
 
   @property
@@ -41,8 +39,8 @@ class Topology:
 
   @property
   def chips(self) -> int:
-    """Chips of all slices."""
-    return math.prod(self.shape) * self.slices
+    """Number of chips."""
+    return math.prod(self.shape)
 
   @property
   def devices(self) -> int:
@@ -52,29 +50,28 @@ class Topology:
   @property
   def name(self) -> str:
     """As it is written on a command line."""
-    shape = f'{self.generation}:{"x".join(map(str, self.shape))}'
-    return shape if self.slices == 1 else f'{shape}*{self.slices}'
+    return f'{self.generation}:{"x".join(map(str, self.shape))}'
 
 
 def parse_topology(text: str) -> Topology:
-  """Reads 'v5p:8x8x8' (512 chips) or 'v5p:8x8x8*2' (two slices of them).
+  """Reads 'v5p:8x8x8', 512 chips of one slice: a mesh over several is not laid out yet.
 
   Raises:
     ConfigError: it is no topology of a known generation.
   """
   match = _FORM.fullmatch(text)
   if match is None:
-    raise ConfigError(f'--topology {text!r}: expected one like v5p:8x8x8, v6e:8x8 or v5p:8x8x8*2')
-  generation, shape, slices = match[1], tuple(map(int, match[2].split('x'))), int(match[3] or 1)
+    raise ConfigError(f'--topology {text!r}: expected one slice like v5p:8x8x8 or v6e:8x8')
+  generation, shape = match[1], tuple(map(int, match[2].split('x')))
   chip = find_chip(generation)
   if len(shape) == 2 and chip.ici_axes == 3:
     shape = (*shape, 1)
-  if len(shape) != chip.ici_axes or min(shape) < 1 or slices < 1:
+  if len(shape) != chip.ici_axes or min(shape) < 1:
     raise ConfigError(
       f'--topology {text!r}: chips of {generation} lie along {chip.ici_axes} axes, such as '
       f'{generation}:{"x".join(["4"] * chip.ici_axes)}'
     )
-  return Topology(generation=generation, shape=shape, slices=slices)
+  return Topology(generation=generation, shape=shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,9 +133,8 @@ def find_devices(topology: Topology) -> list[Any]:
   from jax.experimental import topologies
 
   shape = 'x'.join(map(str, topology.shape))
-  more = {} if topology.slices == 1 else {'num_slices': topology.slices}
   try:
-    found = topologies.get_topology_desc(f'{topology.generation}:{shape}', 'tpu', **more)
+    found = topologies.get_topology_desc(f'{topology.generation}:{shape}', 'tpu')
   except Exception as error:
     raise ConfigError(f'--topology {topology.name}: the compiler says: {error}') from error
   devices = list(found.devices)

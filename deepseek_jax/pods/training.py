@@ -143,6 +143,7 @@ def time_of(tally: Tally, chip: Chip, slow_seconds: float) -> Time:
   busy = {'matrix': 0.0, 'memory': 0.0, 'vector': 0.0}
   for key, work in tally.work.items():
     busy[bound_of(work, chip)] += tally.seconds.get(key, 0.0)
+  busy['memory'] += tally.copy_seconds
   exposed = dict(tally.exposed_seconds)
   candidates = {
     'matrix products': busy['matrix'],

@@ -69,6 +69,19 @@ def test_exchanges_wait_for_each_other():
   assert tally.total_seconds == pytest.approx(max(10 * GATHER, PRODUCT) + PRODUCT)
 
 
+def test_waiting_for_a_copy_counts():
+  """One that is begun and ended with nothing between."""
+  text = """HloModule m
+ENTRY %main (x: f32[1024,1024]) -> f32[1024,1024] {
+  %x = f32[1024,1024]{1,0} parameter(0)
+  %c = (f32[1024,1024]{1,0S(1)}, f32[1024,1024]{1,0}, u32[]) copy-start(%x)
+  ROOT %d = f32[1024,1024]{1,0S(1)} copy-done(%c)
+}
+"""
+  tally = run(text)
+  assert tally.copy_seconds == tally.total_seconds == pytest.approx(4 * 2**20 / 2765e9)
+
+
 def test_the_longest_branch_counts():
   """Of a condition."""
   text = """HloModule m

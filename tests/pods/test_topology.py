@@ -24,7 +24,8 @@ def test_a_slice_is_read(text, chips, devices):
 @pytest.mark.parametrize(
   ('text', 'message'),
   [
-    ('v5p', 'expected one like v5p:8x8x8'),
+    ('v5p', 'expected one slice like v5p:8x8x8'),
+    ('v5p:8x8x8*2', 'expected one slice'),
     ('v5q:8x8x8', 'did you mean `v5p`'),
     ('v6e:4x4x4', 'lie along 2 axes'),
     ('v5p:0x1x1', 'lie along 3 axes'),
