@@ -41,7 +41,8 @@ from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import CONTEXT
 from deepseek_jax.train.experiment import Experiment
-from deepseek_jax.train.step import build_program, make_evaluate, make_gradients
+from deepseek_jax.train.gradients import make_gradients
+from deepseek_jax.train.step import build_program, make_evaluate
 
 ROWS, LENGTH = 8, 32
 TOLERANCE = 1e-5
