@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 
 from deepseek_jax.sharding.agreement import from_first
+from deepseek_jax.train import events
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.display import Display
 from deepseek_jax.train.initialise import resume_state
@@ -53,6 +54,9 @@ def find_restart(
   newer = 0 if snapshots is None else snapshots.newest(saved, program.abstract_state)
   if snapshots is not None and newer:
     restore = functools.partial(snapshots.restore, newer, program.abstract_state)
+    # Who noted the start knew of checkpoints only.
+    note = functools.partial(events.record, workdir.path, newer, 'resumed', 'from snapshots')
+    from_first(note)
     return Restart(newer, f'going on after step {newer}, from snapshots …', restore)
   if saved:
     restore = functools.partial(resume_state, program, checkpoints, saved, display.message)

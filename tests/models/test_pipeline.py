@@ -206,7 +206,9 @@ def assert_equal(found, wanted):
 SLOW = pytest.mark.slow
 STAGES = [
   pytest.param(GPipe(microbatches=4), MeshConfig(stage=2, data=2), id='gpipe'),
-  pytest.param(Interleaved(microbatches=4), MeshConfig(stage=2, data=1), id='interleaved'),
+  pytest.param(
+    Interleaved(microbatches=4), MeshConfig(stage=2, data=1), id='interleaved', marks=SLOW
+  ),
   pytest.param(GPipe(microbatches=4), MeshConfig(stage=4, data=2), id='gpipe_4', marks=SLOW),
   pytest.param(Interleaved(microbatches=4), MeshConfig(data=1), id='rounds_alone', marks=SLOW),
 ]

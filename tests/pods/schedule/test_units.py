@@ -95,6 +95,7 @@ def compare(config, sizes, tolerance):
     np.testing.assert_allclose(found[name], value, atol=tolerance * largest + 1e-9, err_msg=name)
 
 
+@pytest.mark.slow
 def test_stages_have_the_gradients_of_training():
   compare(shallow(1, dense_layers=0), (2, 1), 1e-5)
 
