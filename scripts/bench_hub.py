@@ -3,6 +3,7 @@
   python scripts/bench_hub.py --torch=PYTHON_WITH_TORCH             # 107 M parameters as V3
   python scripts/bench_hub.py --torch=PYTHON_WITH_TORCH --family=v4
   python scripts/bench_hub.py --beside=scans                        # layers apart against in scans
+  python scripts/bench_hub.py --beside=single --batches=1           # a row with and without padding
   python scripts/bench_hub.py --what=load --layers=4               # shapes of V2-Lite
 
 Speed: a model with random weights is exported once; both sides read that folder, and take turns
@@ -30,7 +31,9 @@ from absl import app, flags
 WHAT = flags.DEFINE_enum('what', 'speed', ['speed', 'load', 'load_one'], 'what is measured')
 FAMILY = flags.DEFINE_enum('family', 'v3', ['v3', 'v4'], 'of the model that is timed')
 TORCH = flags.DEFINE_string('torch', None, 'an interpreter that has torch and transformers')
-BESIDE = flags.DEFINE_enum('beside', 'torch', ['torch', 'scans'], 'what is timed beside it')
+BESIDE = flags.DEFINE_enum(
+  'beside', 'torch', ['torch', 'scans', 'single'], 'what it is timed beside'
+)
 EXPERTS = flags.DEFINE_enum('experts', 'grouped_mm', ['grouped_mm', 'eager'], "the peer's experts")
 DTYPES = flags.DEFINE_list('dtypes', ['float32', 'bfloat16'], 'of weights and activations')
 BATCHES = flags.DEFINE_list('batches', ['1', '8', '32'], 'prompts side by side')
@@ -131,8 +134,14 @@ class Peer:
     self.process.wait()
 
 
-def ours(model: Any, case: dict[str, int]) -> dict[str, float]:
-  """Returns the seconds of a case: the prompts, and a step of all rows."""
+def ours(model: Any, case: dict[str, int], single: bool = False) -> dict[str, float]:
+  """Returns the seconds of a case: the prompts, and a step of all rows.
+
+  Args:
+    model: what is timed.
+    case: `batch`, `context` and `steps`.
+    single: whether a row is fed a token alone, also where padding beside it is faster.
+  """
   import jax
   import numpy as np
 
@@ -143,6 +152,7 @@ def ours(model: Any, case: dict[str, int]) -> dict[str, float]:
   batch, context, steps = case['batch'], case['context'], case['steps']
   tokens = np.random.default_rng(0).integers(0, model.model.vocab, (batch, context), np.int32)
   placed = PlacedModel(model.decoder, model.variables)
+  step = jit_single_step() if single else jit_decode_step
   lengths = np.full(batch, context, np.int32)
   caches = jax.block_until_ready(placed.caches(batch, bucket(context + steps + 1)))
   start = time.perf_counter()
@@ -152,10 +162,25 @@ def ours(model: Any, case: dict[str, int]) -> dict[str, float]:
   times = []
   for index in range(steps):
     start = time.perf_counter()
-    logits, caches = placed.call(jit_decode_step, caches, chosen, lengths + np.int32(index))
+    logits, caches = placed.call(step, caches, chosen, lengths + np.int32(index))
     chosen = jax.block_until_ready(placed.choose(Greedy(), logits, 0, index + 1))
     times.append(time.perf_counter() - start)
   return {'prefill': prefill, 'decode': statistics.median(times)}
+
+
+@functools.cache
+def jit_single_step() -> Any:
+  """Returns a decoding step that feeds one token a row and nothing else."""
+  import jax
+  import jax.numpy as jnp
+
+  from deepseek_jax.infer.decode import prefill
+
+  def step(decoder: Any, variables: Any, caches: Any, tokens: Any, positions: Any) -> Any:
+    ones = jnp.ones_like(positions)
+    return prefill(decoder, variables, caches, tokens[:, None], positions, ones)
+
+  return jax.jit(step, static_argnums=0, donate_argnums=2)
 
 
 def in_scans(model: Any) -> Any:
@@ -186,6 +211,8 @@ def speed(folder: pathlib.Path) -> None:
       sides['peer'] = peer
     elif BESIDE.value == 'scans':
       sides['peer'] = functools.partial(ours, in_scans(model))
+    elif BESIDE.value == 'single':
+      sides['peer'] = functools.partial(ours, model, single=True)
     for case in cases:
       found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
       for round_ in range(ROUNDS.value + 1):

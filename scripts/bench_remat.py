@@ -109,7 +109,7 @@ def ready(chosen: Any) -> tuple[Any, Any, Any]:
   positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
   ones = np.ones(shape, np.int32)
   arrays = (tokens, tokens, ones.astype(np.float32), positions, ones, ones)
-  batch = Batch(*map(jax.numpy.asarray, arrays))
+  batch = Batch(*jax.tree.map(jax.numpy.asarray, arrays))
   return (
     step,
     program.init(jax.random.key(0)),

@@ -51,7 +51,7 @@ def ready(residual: Any) -> tuple[Any, Any, Any, int]:
   positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape).copy()
   ones = np.ones(shape, np.int32)
   arrays = (tokens, tokens, ones.astype(np.float32), positions, ones, ones)
-  batch = Batch(*map(jax.numpy.asarray, arrays))
+  batch = Batch(*jax.tree.map(jax.numpy.asarray, arrays))
   lowered = program.step.lower(program.abstract_state, program.abstract_batch())
   compiled = lowered.compile()
   temporaries = compiled.memory_analysis().temp_size_in_bytes

@@ -1,6 +1,5 @@
 """Measures a trained model on held-out text, beside compressors and n-gram models."""
 
-import dataclasses
 import pathlib
 from typing import Any
 
@@ -34,20 +33,12 @@ CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack p
 
 def main() -> None:
   """Runs the script."""
-  import jax
-
   from deepseek_jax.core.config import ConfigError
-  from deepseek_jax.core.serialise import from_json
   from deepseek_jax.data.captions import CaptionData
   from deepseek_jax.data.recall import RecallData
   from deepseek_jax.infer.caption_score import measure_captions
   from deepseek_jax.lab.recall import recall_by_distance, recall_table
-  from deepseek_jax.train.checkpoint_reader import (
-    read_params,
-    require_equal_trees,
-    saved_steps,
-    whole_step,
-  )
+  from deepseek_jax.train.checkpoint_reader import saved_steps, whole_step
   from deepseek_jax.train.evaluate import evaluate
   from deepseek_jax.train.step import build_program
   from deepseek_jax.train.workdir import Workdir, write_json
@@ -62,24 +53,12 @@ def main() -> None:
     raise ConfigError(f'{workdir.checkpoints}: no checkpoint; the run has not saved one yet')
   step = whole_step(workdir.checkpoints, STEP.value)
   weights: Any = WEIGHTS.value
-  params, buffers, config = read_params(workdir.checkpoints / str(step), weights)
-  # A run may go on with another rematerialisation, which may group the layers in another way.
-  saved = from_json(config)
-  program = build_program(dataclasses.replace(experiment, remat=saved.remat))
-  state = program.abstract_state
-  require_equal_trees(
-    workdir.checkpoints / str(step),
-    {'params': params, 'buffers': buffers},
-    {'params': state.params, 'buffers': state.buffers},
-  )
-  place = lambda tree, like: jax.tree.map(  # noqa: E731
-    lambda x, leaf: jax.device_put(x, leaf.sharding), tree, like
-  )
+  program = build_program(experiment)
+  variables = placed_weights(program, workdir.checkpoints / str(step), weights)
+  params, buffers = variables['params'], variables['buffers']
   cache = launch.cache_dir(CACHE_DIR.value)
   data = experiment.data.prepare(cache)
   name = f'{experiment.name}, step {step}'
-  params, buffers = place(params, state.params), place(buffers, state.buffers)
-  variables = {'params': params, 'buffers': buffers}
   if isinstance(data, RecallData):
     result = evaluate(program, params, buffers, data.heldout)
     print(
@@ -93,6 +72,25 @@ def main() -> None:
     print(caption_report(name, figures))
     return
   evaluate_text(name, evaluate(program, params, buffers, data.heldout), data, workdir, cache)
+
+
+def placed_weights(program: Any, path: pathlib.Path, weights: Any) -> dict[str, Any]:
+  """Returns `params` and `buffers` of a checkpoint, laid out as the program has them."""
+  import jax
+
+  from deepseek_jax.core.serialise import from_json
+  from deepseek_jax.hub.pretrained import regrouped
+  from deepseek_jax.train.checkpoint_reader import read_params, require_equal_trees
+
+  params, buffers, config = read_params(path, weights)
+  state = program.abstract_state
+  # A run may go on with a rematerialisation, or stages, that group the layers in another way.
+  found = regrouped(
+    {'params': params, 'buffers': buffers}, from_json(config).segments, program.experiment.segments
+  )
+  like = {'params': state.params, 'buffers': state.buffers}
+  require_equal_trees(path, found, like)
+  return jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), found, like)
 
 
 def evaluate_text(name: str, result: Any, data: Any, workdir: Any, cache: pathlib.Path) -> None:

@@ -39,11 +39,14 @@ def main(config_path: str | None, assignments: dict[str, str]) -> None:
     for change in difference(launch.load_experiment(AGAINST.value), experiment):
       print(change)
     return
-  decoder = experiment.model.build()
+  decoder = experiment.model.build(remat=experiment.remat, stages=experiment.stages)
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
-  weights = weights_of(experiment.model, boxed_shapes(boxed), logical_axes(boxed)['params'])
+  axes, segments = logical_axes(boxed)['params'], experiment.segments
+  weights = weights_of(experiment.model, boxed_shapes(boxed), axes, segments)
   print(to_python(experiment), end='\n\n')
-  print(summary.describe_layers(experiment.model), end='\n\n')
+  print(summary.describe_layers(experiment.model, segments), end='\n\n')
+  if experiment.stages is not None:
+    print(summary.describe_stages(experiment), end='\n\n')
   print(summary.describe_parameters(weights), end='\n\n')
   print(summary.describe_cost(experiment, weights))
 

@@ -1,9 +1,11 @@
 """What every script does around its own work: flags, configs, clear errors, exit codes."""
 
+import contextlib
 import os
 import pathlib
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -86,6 +88,57 @@ def try_report(workdir: pathlib.Path, name: str, config_path: str | None) -> Non
   except Exception as error:
     message = f'{type(error).__name__}: {error}'
     print(f'warning: no report was drawn ({message}); to repeat it: {command}', file=sys.stderr)
+
+
+def find_member(cluster: str, by_hand: tuple[str | None, int | None, int | None]) -> Any:
+  """Returns which process of how many this is, a `Member`; None where it is the only one.
+
+  Args:
+    cluster: who says so; 'auto' looks at the process's environment, 'alone' at nothing.
+    by_hand: coordinator, count and index, or None thrice.
+
+  Raises:
+    ConfigError: what is said is not enough, or contradicts itself.
+  """
+  # Whoever trains alone imports no more than before: this is the standard library.
+  from deepseek_jax.sharding import processes
+
+  member = processes.from_arguments(*by_hand)
+  if member is not None:
+    return member if member.count != 1 else None
+  if cluster == 'auto':
+    cluster = processes.find_cluster(os.environ) or 'alone'
+  return None if cluster == 'alone' else processes.CLUSTERS[cluster](os.environ)
+
+
+def run_member(member: Any, work: Callable[[], int]) -> int:
+  """Runs one process of several; what fails in one ends that one at once, and so all.
+
+  Args:
+    member: which process this is.
+    work: returns the exit code.
+  """
+  from deepseek_jax.sharding import processes
+
+  try:
+    processes.start(member)
+    # Only the first prints; what others have to say goes to their logs, once there are any.
+    quiet = contextlib.nullcontext() if jax_index() == 0 else contextlib.redirect_stdout(None)
+    with quiet:
+      return work()
+  except BaseException as error:
+    # An ordinary exit would wait for the others, who wait for this process.
+    code = 2 if isinstance(error, ConfigError) else 1
+    text = f'error: {error}' if code == 2 else traceback.format_exc()
+    print(text.rstrip(), file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def jax_index() -> int:
+  """Returns the number of this process."""
+  import jax
+
+  return jax.process_index()
 
 
 def run(main: Callable[[], int | None], usage: str) -> None:

@@ -20,6 +20,11 @@ Trains a model.
   --dry_run               checks everything, prints what the run would be, and exits
   --display=auto|live|line|quiet
   --cache_dir=DIR         tokens and pack plans (default: ~/.cache/deepseek_jax)
+  --cluster=auto|alone|slurm|kubernetes|tpu
+                          who says which process of how many this is; auto looks at what Slurm,
+                          a JobSet or Cloud TPU have set, see docs/pods/README.md
+  --coordinator=HOST:PORT --process_count=4 --process_index=2
+                          says it by hand
 
 In the folder: report.html, metrics.jsonl, evaluations.jsonl, samples.jsonl, tensorboard/,
 checkpoints/, config.json, and config.py that repeats the run. SIGTERM and Ctrl-C save and exit
@@ -30,12 +35,27 @@ WORKDIR = flags.DEFINE_string('workdir', None, 'folder of the run')
 DRY_RUN = flags.DEFINE_bool('dry_run', False, 'check, print and exit')
 DISPLAY = flags.DEFINE_enum('display', 'auto', ['auto', 'live', 'line', 'quiet'], 'terminal')
 CACHE_DIR = flags.DEFINE_string('cache_dir', None, 'folder for tokens and pack plans')
+CLUSTER = flags.DEFINE_enum(
+  'cluster', 'auto', ['auto', 'alone', 'slurm', 'kubernetes', 'tpu'], 'who started the processes'
+)
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of process 0')
+PROCESS_COUNT = flags.DEFINE_integer('process_count', None, 'how many processes there are')
+PROCESS_INDEX = flags.DEFINE_integer('process_index', None, 'which of them this is, from 0')
 COMPILE_LIMIT = 4e9
 """Parameters beyond which a dry run does not compile the step."""
 
 
 def main(config_path: str | None, assignments: dict[str, str]) -> int:
   """Runs the script; returns the exit code."""
+  by_hand = (COORDINATOR.value, PROCESS_COUNT.value, PROCESS_INDEX.value)
+  member = launch.find_member(CLUSTER.value, by_hand)
+  if member is None:
+    return work(config_path, assignments)
+  return launch.run_member(member, lambda: work(config_path, assignments))
+
+
+def work(config_path: str | None, assignments: dict[str, str]) -> int:
+  """Trains, or says what training would be; returns the exit code."""
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.core.override import override_from_text
   from deepseek_jax.train.workdir import Workdir

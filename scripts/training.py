@@ -27,55 +27,105 @@ def run(
     The exit code.
   """
   from deepseek_jax.core.allocator import keep_freed_memory
-  from deepseek_jax.core.precision import BFloat16, Fastest, Float32
+  from deepseek_jax.sharding.agreement import alone, first, from_first, leave
   from deepseek_jax.train import events
-  from deepseek_jax.train.disk import DiskFullError
   from deepseek_jax.train.display import make_display
   from deepseek_jax.train.experiment import resolved
   from deepseek_jax.train.interrupt import StoppedEarlyError
   from deepseek_jax.train.loop import train
-  from deepseek_jax.train.metrics import JsonLines
+
+  keep_freed_memory()
+  experiment = resolved(experiment, from_first(lambda: settle(experiment, workdir)))
+  check(experiment)
+  from_first(lambda: workdir.write(experiment))
+  total, every = experiment.train_steps, experiment.cadence.log
+  display = make_display(total, kind=display_kind, every_steps=every, name=experiment.name)
+  if not alone():
+    workdir, display = take_part(workdir, display, total, every)
+  begun = from_first(lambda: begin(workdir))
+  try:
+    outcome = train(experiment, workdir, cache, display, make_sampler(experiment))
+  except StoppedEarlyError as stopped:
+    print(f'{stopped}: stopped before the first new step; nothing to save', flush=True)
+    if first():
+      events.record(workdir.path, begun, 'stopped', str(stopped))
+    leave()
+    # A compilation may still run in a daemon thread, which Python cannot wait for at its end.
+    os._exit(0)
+  except Exception as error:
+    display.close()
+    if first():
+      note_failure(workdir, error)
+      launch.try_report(workdir.path, experiment.name, config_path)
+    raise
+  if first():
+    signal = outcome.stopped_by
+    events.record(workdir.path, outcome.step, 'stopped' if signal else 'finished', signal)
+    launch.try_report(workdir.path, experiment.name, config_path)
+  if outcome.stopped_by is None:
+    print(f'checkpoint: {workdir.checkpoints / str(outcome.step)}')
+  return 0
+
+
+def settle(experiment: Any, workdir: Any) -> Any:
+  """Compares a run with the earlier one in its folder; returns the precision that both have."""
+  from deepseek_jax.core.precision import BFloat16, Fastest, Float32
   from deepseek_jax.train.throughput import fastest_precision
   from deepseek_jax.train.workdir import compare
 
-  keep_freed_memory()
   earlier = workdir.read()
   # A start that failed before its first step, on a misspelt path say, binds nobody.
   if earlier is not None and workdir.trained:
     for change in compare(earlier, experiment):
       print(f'differs from the run in {workdir.path}: {change}')
-    experiment = resolved(experiment, earlier.precision)
-  elif isinstance(experiment.precision, Fastest):
-    chosen, rates = fastest_precision()
-    speeds = ', '.join(f'{name} {rate["all"] / 1e9:.0f} GFLOP/s' for name, rate in rates.items())
-    print(f'precision: {chosen} ({speeds} on products of a training step)', flush=True)
-    experiment = resolved(experiment, Float32() if chosen == 'float32' else BFloat16())
-  check(experiment)
-  workdir.write(experiment)
-  total, every = experiment.train_steps, experiment.cadence.log
-  display = make_display(total, kind=display_kind, every_steps=every, name=experiment.name)
-  begun = begin(workdir)
-  try:
-    outcome = train(experiment, workdir, cache, display, make_sampler(experiment))
-  except StoppedEarlyError as stopped:
-    print(f'{stopped}: stopped before the first new step; nothing to save', flush=True)
-    events.record(workdir.path, begun, 'stopped', str(stopped))
-    # A compilation may still run in a daemon thread, which Python cannot wait for at its end.
-    os._exit(0)
-  except Exception as error:
-    display.close()
-    last = max((row['step'] for row in JsonLines(workdir.path / 'metrics.jsonl').read()), default=0)
-    # What failed may be the disk, which then has no room for this either.
-    with contextlib.suppress(DiskFullError):
-      events.record(workdir.path, last, 'failed', f'{type(error).__name__}: {error}')
-    launch.try_report(workdir.path, experiment.name, config_path)
-    raise
-  signal = outcome.stopped_by
-  events.record(workdir.path, outcome.step, 'stopped' if signal else 'finished', signal)
-  launch.try_report(workdir.path, experiment.name, config_path)
-  if outcome.stopped_by is None:
-    print(f'checkpoint: {workdir.checkpoints / str(outcome.step)}')
-  return 0
+    return earlier.precision
+  if not isinstance(experiment.precision, Fastest):
+    return experiment.precision
+  chosen, rates = fastest_precision()
+  speeds = ', '.join(f'{name} {rate["all"] / 1e9:.0f} GFLOP/s' for name, rate in rates.items())
+  print(f'precision: {chosen} ({speeds} on products of a training step)', flush=True)
+  return Float32() if chosen == 'float32' else BFloat16()
+
+
+def take_part(workdir: Any, display: Any, total: int, every: int) -> tuple[Any, Any]:
+  """Gives every process of several its log; all but the first write and print nowhere else.
+
+  Returns:
+    The folder and the display of this process.
+  """
+  import jax
+
+  from deepseek_jax.core.config import ConfigError
+  from deepseek_jax.sharding.agreement import first, from_first
+  from deepseek_jax.train.display import Both, LineDisplay
+  from deepseek_jax.train.workdir import Follower
+
+  log = workdir.log(jax.process_index())
+  from_first(lambda: log.parent.mkdir(exist_ok=True))
+  if not log.parent.is_dir():
+    raise ConfigError(
+      f'{workdir.path}: process {jax.process_index()} does not see what process 0 wrote there; '
+      'expected a --workdir on a disk that all hosts share'
+    )
+  stream = log.open('a', encoding='utf-8', buffering=1)
+  if first():
+    return workdir, Both(display, LineDisplay(total, every, stream))
+  # What C++ says when it ends this process goes there too.
+  for number in (1, 2):
+    os.dup2(stream.fileno(), number)
+  return Follower(workdir.path), LineDisplay(total, every, stream)
+
+
+def note_failure(workdir: Any, error: Exception) -> None:
+  """Writes down that, where and why a run failed."""
+  from deepseek_jax.train import events
+  from deepseek_jax.train.disk import DiskFullError
+  from deepseek_jax.train.metrics import JsonLines
+
+  last = max((row['step'] for row in JsonLines(workdir.path / 'metrics.jsonl').read()), default=0)
+  # What failed may be the disk, which then has no room for this either.
+  with contextlib.suppress(DiskFullError):
+    events.record(workdir.path, last, 'failed', f'{type(error).__name__}: {error}')
 
 
 def begin(workdir: Any) -> int:

@@ -127,7 +127,7 @@ def vision_model_of(config: Mapping[str, Any]) -> Multimodal:
     )
     if given.get(name, wanted) != wanted
   ]
-  rope = text.get('rope_parameters') or text.get('rope_scaling') or {}
+  rope: Any = text.get('rope_parameters') or text.get('rope_scaling') or {}
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind != 'default':
     errors.append(f'`text_config.rope_parameters` are of type {kind!r}; expected default')

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -131,16 +131,20 @@ class PackedSplit:
       'segments': segments,
       'documents': documents,
     }
-    return Batch(**cast(dict[str, jax.Array], fields))
+    return Batch(**cast(dict[str, Any], fields))
 
 
-def heldout_batches(split: Rows, batch_size: int) -> Iterator[Batch]:
+def heldout_batches(
+  split: Rows, batch_size: int, rows: np.ndarray | None = None
+) -> Iterator[Batch]:
   """All rows once and in order, as [B, T] NumPy batches; the last is filled up with padding rows.
 
   Args:
     split: the rows.
     batch_size: B, of every batch.
+    rows: which rows of each batch to read, for one host of several; None reads all.
   """
+  wanted = range(batch_size) if rows is None else rows.tolist()
   for start in range(0, split.rows, batch_size):
-    indices = range(start, start + batch_size)
+    indices = [start + row for row in wanted]
     yield split.batch(i if i < split.rows else -1 for i in indices)

@@ -113,7 +113,7 @@ class Prepared[C: Shuffled, R: Rows]:
   train: R
   heldout: R
 
-  def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
+  def train_batches(self, step: int, rows: slice | np.ndarray | None = None) -> Iterator[Batch]:
     """Endless batches of the training split from a step on; see `train_batches`."""
     return train_batches(
       self.train,
@@ -139,7 +139,7 @@ def train_batches(
   *,
   batch_size: int,
   seed: int,
-  rows: slice | None = None,
+  rows: slice | np.ndarray | None = None,
   workers: int = 0,
 ) -> Iterator[Batch]:
   """Endless [B, T] NumPy batches of shuffled rows, in another order each epoch.
@@ -152,7 +152,8 @@ def train_batches(
     step: number of the first batch.
     batch_size: B, over all hosts.
     seed: of the shuffling, from 0 to 2³² - 1.
-    rows: which rows of each batch to read, for one host of several; None reads all.
+    rows: which rows of each batch to read, for one host of several, as a slice or as their
+      numbers; None reads all.
     workers: processes that read; 0 reads in threads of this one. The batches are the same.
 
   Raises:
@@ -160,8 +161,8 @@ def train_batches(
   """
   if step < 0:
     raise ValueError(f'step: expected at least 0, found {step}')
-  wanted = rows or slice(None)
-  if not range(batch_size)[wanted]:
+  wanted = slice(None) if rows is None else rows
+  if not np.arange(batch_size)[wanted].size:
     raise ValueError(f'rows: {rows} is none of the {batch_size} rows of a batch')
   import grain  # here, because it takes two seconds that only training should pay
 
@@ -211,6 +212,6 @@ def _settle_flag() -> None:
     flag.present = max(1, flag.present)
 
 
-def _load(split: Rows, wanted: slice, indices: np.ndarray) -> Batch:
+def _load(split: Rows, wanted: slice | np.ndarray, indices: np.ndarray) -> Batch:
   """The wanted rows of a batch; at the top of the module, so that it can go to other processes."""
   return split.batch(indices[wanted])

@@ -8,9 +8,8 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
@@ -319,7 +318,7 @@ class RecallSplit:
       fields['segments'][line] = 1
       fields['documents'][line] = index
     # Batch is typed for the step, where its fields are JAX arrays.
-    return Batch(**cast(dict[str, jax.Array], fields))
+    return Batch(**fields)
 
 
 class RecallData(Prepared[Recall, RecallSplit]):

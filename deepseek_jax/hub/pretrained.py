@@ -30,7 +30,6 @@ from deepseek_jax.models.decoder import (
   canonical,
   grouped,
   init_variables,
-  plan_segments,
 )
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
@@ -343,17 +342,19 @@ def transplant(layers: Variables, decoder: Decoder, seed: int) -> tuple[Variable
 def decoder_of(experiment: Experiment, apart: Unrolled | None = None) -> Decoder:
   """Returns the module of a run, with its layers grouped as in training unless `apart`."""
   dtype = jnp.dtype(experiment.precision.compute)
-  return experiment.model.build(dtype=dtype, remat=apart or experiment.remat)
+  if apart is not None:
+    return experiment.model.build(dtype=dtype, remat=apart)
+  return experiment.model.build(dtype=dtype, remat=experiment.remat, stages=experiment.stages)
 
 
 def segments_of(decoder: Decoder) -> tuple[Segment, ...]:
   """Returns how the layers of a module are grouped."""
-  return plan_segments(decoder.config, decoder.remat)
+  return decoder.segments
 
 
 def run_segments(experiment: Experiment) -> tuple[Segment, ...]:
   """Returns how the layers of a run are grouped, in training and in its checkpoints."""
-  return plan_segments(experiment.model, experiment.remat)
+  return experiment.segments
 
 
 def regrouped(variables: Variables, old: Sequence[Segment], new: Sequence[Segment]) -> Variables:

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.infer.sample import Sampler
 from deepseek_jax.layers.context import Context
-from deepseek_jax.models.decoder import Decoder, plan_segments
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.stack import empty_caches
 from deepseek_jax.sharding.rules import Rules
 
@@ -31,7 +31,7 @@ def fresh_caches(decoder: Decoder, batch: int, slots: int, spare: int = 0) -> An
   Of the tokens fed last, up to `spare` can be taken back by feeding earlier positions again.
   """
   # The plan of this very decoder: rematerialisation may have grouped its layers otherwise.
-  segments = plan_segments(decoder.config, decoder.remat)
+  segments = decoder.segments
   return whole(empty_caches(segments, batch, slots, decoder.dtype, spare))
 
 
@@ -103,7 +103,19 @@ def decode_step(
   Returns:
     [B, V] float32 logits of the token after, and the caches.
   """
-  return prefill(decoder, variables, caches, tokens[:, None], positions, jnp.ones_like(positions))
+  fed = tokens[:, None]
+  if alone_is_slow(decoder, len(tokens)):
+    fed = jnp.pad(fed, ((0, 0), (0, 1)))
+  return prefill(decoder, variables, caches, fed, positions, jnp.ones_like(positions))
+
+
+def alone_is_slow(decoder: Decoder, rows: int) -> bool:
+  """Says whether one token is fed faster with a token of padding beside it.
+
+  XLA:CPU multiplies a single bfloat16 row with a matrix in a plain loop; two rows go to a library
+  that is some seven times faster (`scripts/bench_hub.py --beside=single`).
+  """
+  return rows == 1 and decoder.dtype == jnp.bfloat16 and jax.default_backend() == 'cpu'
 
 
 def full_logits(

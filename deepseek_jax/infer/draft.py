@@ -24,7 +24,12 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.infer.decode import Variables, fresh_caches, row_keys, whole
 from deepseek_jax.infer.sample import Sampler
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
+from deepseek_jax.layers.moe.dispatch.capacity import Capacity
+from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.moe.router.balanced import Balanced
 from deepseek_jax.models.decoder import Decoder
+from deepseek_jax.models.plan import Block
 from deepseek_jax.models.stack import empty_cache
 from deepseek_jax.ops import sampling
 
@@ -96,9 +101,27 @@ def drafts_of(decoder: Decoder) -> int:
     except ConfigError as error:
       for message in error.messages:
         faults.setdefault(message, []).append(name)
+    for message in looks_at_the_batch(block):
+      faults.setdefault(message, []).append(name)
   if faults:
     raise ConfigError([f'{", ".join(names)}: {message}' for message, names in faults.items()])
   return c.mtp.depth
+
+
+def looks_at_the_batch(block: Block) -> list[str]:
+  """Says what of a layer gives a token other results when drafts are fed beside it."""
+  moe = block.feed_forward
+  if not isinstance(moe, MoE):
+    return []
+  found = []
+  if isinstance(moe.router, Balanced):
+    found.append('router Balanced deals experts by the place of a token in its batch')
+  if isinstance(moe.dispatch, Capacity):
+    found.append('dispatch Capacity drops choices by the tokens beside them')
+  if isinstance(moe.dispatch, AllToAll) and moe.dispatch.bound is not None:
+    found.append(f'dispatch AllToAll(bound={moe.dispatch.bound}) drops choices of full shards')
+  reason = 'drafts that do not stand would change the tokens; expected a layer where each is alone'
+  return [f'{message}: {reason}' for message in found]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))

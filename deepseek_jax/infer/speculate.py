@@ -188,6 +188,9 @@ class SpeculativeStream(Iterator[tuple[int, int]]):
   ) -> Iterator[tuple[int, int]]:
     chosen, progress = self._read(prompts, max_new_tokens, chunk)
     rows, pending = self._rows, None
+    if max_new_tokens > 1:
+      # Sent off, and compiled, before the first tokens are waited for.
+      progress, *pending = self._step(progress)
     for row, token in enumerate(np.asarray(chosen).tolist()):
       yield from rows.push(row, [token])
     while rows.alive:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,10 @@ from deepseek_jax.ops.attention.reference import MASKED, visible, window_mask
 
 _MIX = inspect.signature(LatentAttention.mix)
 _MIX_SEEN = inspect.signature(LatentAttention.mix_seen)
+_MIX_OWN = inspect.signature(LatentAttention.mix_own)
 _MIX_CHOSEN = inspect.signature(ChosenAttention.mix_chosen)
 _ATTEND = inspect.signature(HeadAttention.attend)
+_ATTEND_OWN = inspect.signature(HeadAttention.attend_own)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,9 +68,9 @@ def attention_maps(model: Pretrained, prompt: str | Sequence[int]) -> AttentionM
   """Reads a text and returns what every head of every layer attends to.
 
   The model itself keeps no such weights: for the kinds that derive from `LatentAttention` or
-  `HeadAttention` they are made again from what its `mix`, `mix_seen` or `attend` is given. A kind
-  of another make shows its own if its module computes them in a method called `weigh` that returns
-  [B, H, T, S].
+  `HeadAttention` they are made again from what `mix`, `mix_seen`, `mix_own`, `attend` or
+  `attend_own` is given. A kind of another make shows its own if its module computes them in a
+  method called `weigh` that returns [B, H, T, S].
 
   Args:
     model: the model.
@@ -107,9 +109,10 @@ def read_weights(call: Call) -> jax.Array | None:
   if call.method == 'weigh':
     return call.result
   module = call.module
-  if isinstance(module, HeadAttention) and call.method == 'attend':
-    given = _ATTEND.bind(module, *call.arguments, **call.options).arguments
-    return head_weights(given['query'], given['key'], visible(*given['seen']))
+  if isinstance(module, HeadAttention) and call.method in ('attend', 'attend_own'):
+    signature = _ATTEND if call.method == 'attend' else _ATTEND_OWN
+    given = signature.bind(module, *call.arguments, **call.options).arguments
+    return head_weights(given['query'], given['key'], seen_mask(given))
   if isinstance(module, ChosenAttention) and call.method == 'mix_chosen':
     given = _MIX_CHOSEN.bind(module, *call.arguments, **call.options).arguments
     query = given['query'].make(module.config)
@@ -119,18 +122,26 @@ def read_weights(call: Call) -> jax.Array | None:
     return latent_weights(module, query, given['key'], mask, bias)
   if not isinstance(module, LatentAttention):
     return None
-  if call.method == 'mix_seen':
-    given = _MIX_SEEN.bind(module, *call.arguments, **call.options).arguments
-    seen, window = given['seen'], given.get('window')
-    mask = visible(*seen)
-    if window is not None:
-      mask &= window_mask(seen.query_positions, seen.key_positions, *window)
-    return latent_weights(module, given['query'], given['key'], mask, None)
+  if call.method in ('mix_seen', 'mix_own'):
+    signature = _MIX_SEEN if call.method == 'mix_seen' else _MIX_OWN
+    given = signature.bind(module, *call.arguments, **call.options).arguments
+    return latent_weights(module, given['query'], given['key'], seen_mask(given), None)
   if call.method == 'mix':
     given = _MIX.bind(module, *call.arguments, **call.options).arguments
     bias = given.get('bias')
     return latent_weights(module, given['query'], given['key'], given['mask'], bias)
   return None
+
+
+def seen_mask(given: Mapping[str, Any]) -> jax.Array:
+  """Returns who sees whom, [B, T, S] bool, by the arguments of a call: `seen`, or the context's."""
+  seen, window = given.get('seen'), given.get('window')
+  if seen is None:
+    seen = given['context'].own()
+  mask = visible(*seen)
+  if window is not None:
+    mask &= window_mask(seen.query_positions, seen.key_positions, *window)
+  return mask
 
 
 def head_weights(query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.describe import table
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.hub import Pretrained
-from deepseek_jax.models.decoder import canonical, plan_segments
+from deepseek_jax.models.decoder import canonical
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +51,7 @@ def parameters(model: Pretrained) -> Parameters:
     raise ConfigError(
       'parameters: needs the package `treescope`, which is in the extra deepseek_jax[notebook]'
     ) from error
-  segments = plan_segments(model.decoder.config, model.decoder.remat)
+  segments = model.decoder.segments
   tree = jax.tree.map(np.asarray, canonical(model.variables['params'], segments))
   return Parameters(tree=tree, html=treescope.render_to_html(tree))
 

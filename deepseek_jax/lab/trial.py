@@ -20,7 +20,6 @@ from deepseek_jax.data.pipeline import train_batches
 from deepseek_jax.hub import CACHE_DIR, Pretrained
 from deepseek_jax.lab.statistics import CONFIDENCE, paired_difference, summarise
 from deepseek_jax.models.cost import active_parameters
-from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.train.evaluate import evaluate
 from deepseek_jax.train.experiment import Experiment, resolved
@@ -165,7 +164,7 @@ def train(
   runs = [_run(program, data, seed, heldout_batches) for seed in chosen]
   # What the guard, the routers and the biases report are trees of their own.
   scalars = [name for name, value in runs[0].rows[0].items() if not isinstance(value, dict)]
-  segments = plan_segments(experiment.model, experiment.remat)
+  segments = experiment.segments
   loads = [[layer_loads(row['observed'], segments) for row in run.rows] for run in runs]
   return Trial(
     experiment=experiment,

@@ -20,7 +20,7 @@ from deepseek_jax.data.tokenizer import Tokenizer
 from deepseek_jax.hub import Pretrained
 from deepseek_jax.infer.decode import PlacedModel, Variables
 from deepseek_jax.layers.context import Context, text_context
-from deepseek_jax.models.decoder import Decoder, canonical, plan_segments
+from deepseek_jax.models.decoder import Decoder, canonical
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.stack import TransformerBlock
 from deepseek_jax.sharding.rules import Rules
@@ -76,7 +76,7 @@ def walk(model: Pretrained, context: Context, read: Reader | None = None) -> Ite
     The embedding, then every layer.
   """
   decoder = model.decoder
-  segments = plan_segments(decoder.config, decoder.remat)
+  segments = decoder.segments
   layers = {
     name: canonical(tree, segments).get('layers', {}) for name, tree in model.variables.items()
   }

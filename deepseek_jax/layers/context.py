@@ -1,14 +1,24 @@
 """What every layer may need to know about the tokens it is given."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import PartitionSpec
 
+from deepseek_jax.layers.context_parallel import (
+  ContextParallel,
+  Partitioned,
+  Ring,
+  arrange,
+  restore,
+)
 from deepseek_jax.ops.attention.reference import Seen
-from deepseek_jax.sharding.rules import Rules
+from deepseek_jax.sharding.rules import Rules, shard_count
 
 MODALITIES = ('text', 'image', 'video', 'sound', 'points')
 TEXT, IMAGE, VIDEO, SOUND, POINTS = range(len(MODALITIES))
@@ -94,6 +104,7 @@ class Context:
     key: random key of the step's noise, or None. A layer asks for one of its own, of the stream
       `noise`, where there is one.
     rules: how activations are laid out over the mesh.
+    parallel: how tokens reach keys, and in which order they lie, where `rules` spreads T.
   """
 
   tokens: jax.Array
@@ -107,6 +118,49 @@ class Context:
   step: jax.Array | None = None
   key: jax.Array | None = None
   rules: Rules = struct.field(pytree_node=False, default=Rules())
+  parallel: ContextParallel = struct.field(pytree_node=False, default=Ring())
+
+  @property
+  def sequence_axes(self) -> tuple[str, ...]:
+    """Mesh axes that share the T tokens; none where attention is left to the compiler.
+
+    So are tokens that the devices do not divide (one, in decoding), which are whole on each.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in self.rules.seq if axis in mesh.auto_axes)
+    count = shard_count(axes, dict(mesh.shape))
+    if count == 1 or self.tokens.shape[1] % count or isinstance(self.parallel, Partitioned):
+      return ()
+    return axes
+
+  @property
+  def row_axes(self) -> tuple[str, ...]:
+    """Mesh axes that share the B rows; none that are dealt with, or do not divide them."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in self.rules.batch if axis in mesh.auto_axes)
+    return axes if self.tokens.shape[0] % shard_count(axes, dict(mesh.shape)) == 0 else ()
+
+  def tokens_ahead(self, places: int) -> jax.Array:
+    """Returns the token `places` after each one in its row, [B, T] int32; 0 beyond the end."""
+    return in_order(shift_left, self.tokens, places, rules=self.rules, parallel=self.parallel)
+
+  def places(self, tokens: np.ndarray) -> np.ndarray:
+    """Returns where tokens of the row, by their numbers [n] in it, lie in the arrays here."""
+    numbers = np.arange(self.tokens.shape[1])[None]
+    held = arrange(numbers, self.parallel.order, sequence_devices(self.rules))
+    return np.argsort(held[0])[tokens]
+
+  def between_layouts(self, x: jax.Array) -> jax.Array:
+    """Lays out embeddings [B, T, D] half way from how they are looked up to where tokens lie.
+
+    Where the table's channels lie along axes of rows and of tokens, the compiler finds a way for
+    one of the two at a time; for both at once it makes all embeddings whole on every device.
+    """
+    axes, embed = self.sequence_axes, self.rules.embed
+    rest = tuple(axis for axis in embed if axis not in axes)
+    if not rest or len(rest) == len(embed):
+      return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(None, axes, rest))
 
   @property
   def real(self) -> jax.Array:
@@ -117,12 +171,42 @@ class Context:
     """Says that the tokens see those before them in their own segment."""
     return Seen(self.positions, self.positions, self.segments, self.segments)
 
+  def rows(self, function: Callable[[jax.Array], jax.Array]) -> 'Context':
+    """Returns the context with a function applied to every array that has rows, [B, ...]."""
+    names = ('tokens', 'positions', 'segments', 'modality', 'media', 'placeholders', 'memory')
+    return dataclasses.replace(
+      self, **{name: jax.tree.map(function, getattr(self, name)) for name in names}
+    )
+
   def slots(self, room: int) -> jax.Array:
     """Returns the slot of each token in a cache of `room` slots, [B, T]: its position.
 
     Padding has a slot beyond the end, which no write reaches.
     """
     return jnp.where(self.real, self.positions, room)
+
+
+def shift_left(x: jax.Array, places: int) -> jax.Array:
+  """Moves [B, T] to the left; zeros come in."""
+  return jnp.pad(x[:, places:], ((0, 0), (0, min(places, x.shape[1]))))
+
+
+def sequence_devices(rules: Rules) -> int:
+  """Returns how many devices share a row on the mesh that is set; 1 without a mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else shard_count(rules.seq, dict(mesh.shape))
+
+
+def in_order(
+  function: Callable[..., jax.Array],
+  x: jax.Array,
+  *arguments: Any,
+  rules: Rules,
+  parallel: ContextParallel,
+) -> jax.Array:
+  """Applies a function [B, T] -> [B, T] to tokens in the order of the row, however they lie."""
+  order, devices = parallel.order, sequence_devices(rules)
+  return arrange(function(restore(x, order, devices), *arguments), order, devices)
 
 
 def text_context(tokens: jax.Array, rules: Rules | None = None) -> Context:

@@ -14,6 +14,7 @@ from deepseek_jax.layers.encoders.contrast import InfoNCE, SigLIP
 from deepseek_jax.layers.weights import add_loss, observe, weight
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.multimodal import Multimodal, MultimodalDecoder
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.models.seeing import encode_media
 from deepseek_jax.ops.contrast import Pairs, unit
@@ -56,9 +57,14 @@ class Contrastive(Multimodal):
     if errors:
       raise ConfigError(errors)
 
-  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(
+    self,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat | None = None,
+    stages: Stages | None = None,
+  ) -> Decoder:
     """Returns the module: tokens [B, T] and media -> hidden states [B, T, D]."""
-    return ContrastiveDecoder(self, dtype, remat)
+    return ContrastiveDecoder(self, dtype, remat, stages)
 
 
 class Towers(NamedTuple):
@@ -118,6 +124,7 @@ class ContrastiveDecoder(MultimodalDecoder):
   def towers(self, hidden: jax.Array, context: Context) -> Towers:
     """Returns both halves of every pair, of hidden states [B, T, D] of the text."""
     media = encode_media(self, context)
+    assert context.placeholders is not None  # only rows with media are matched
     spans = [(span.media, span.slots) for span in media.spans]
     places = media_places(context.placeholders, context.positions, context.segments, spans)
     shown, segments, real = [], [], []

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,7 @@ from deepseek_jax.layers.weights import BATCH_AXES, Met
 from deepseek_jax.models.decoder import Family, plan_segments
 from deepseek_jax.models.encoder import encoder_layers
 from deepseek_jax.models.multimodal import Multimodal
-from deepseek_jax.models.plan import Block
-from deepseek_jax.models.remat import Remat
+from deepseek_jax.models.plan import Block, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,10 +49,19 @@ class Weight:
     return len([axis for axis in self.axes if axis not in BATCH_AXES]) > 1 and self.used > 0
 
 
-def weights_of(family: Family, params: Any, axes: Any, remat: Remat | None = None) -> list[Weight]:
-  """Lists every parameter array of a model; `params` may be shapes such as [L, D, F] alone."""
+def weights_of(
+  family: Family, params: Any, axes: Any, segments: Sequence[Segment] | None = None
+) -> list[Weight]:
+  """Lists every parameter array of a model; `params` may be shapes such as [L, D, F] alone.
+
+  Args:
+    family: the model.
+    params: its parameters.
+    axes: their logical axes.
+    segments: the scans that they are grouped for; None is the family's own plan.
+  """
   flat_axes = flatten(axes)
-  blocks = dict(blocks_by_address(family, remat))
+  blocks = dict(blocks_by_address(family, segments))
   result = []
   for address, leaf in flatten(params).items():
     names = flat_axes[address]
@@ -82,12 +90,14 @@ def _met(address: str, blocks: Mapping[str, Block]) -> Met:
   return moe.form.met(moe.experts, moe.top_k).get(name, Met(1.0))
 
 
-def blocks_by_address(family: Family, remat: Remat | None = None) -> Iterator[tuple[str, Block]]:
+def blocks_by_address(
+  family: Family, segments: Sequence[Segment] | None = None
+) -> Iterator[tuple[str, Block]]:
   """Yields (where its weights lie, block) of every block that is compiled, MTP's last.
 
   A block of a scan stands for all of its repeats.
   """
-  for number, part in enumerate(plan_segments(family, remat)):
+  for number, part in enumerate(segments or plan_segments(family)):
     for place, block in enumerate(part.pattern):
       yield f'stack/segment_{number}/block_{place}/', block
   for depth, block in enumerate(_ahead(family)):

@@ -12,6 +12,7 @@ from deepseek_jax.layers.context import Context, text_context
 from deepseek_jax.layers.embedding import Embedding
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.models.mtp import MTP, LaneMTP
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block, Segment, segment, stack, unstack
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.models.stack import Stack
@@ -55,26 +56,33 @@ class Decoder(nn.Module):
     config: the family.
     dtype: compute dtype; the embedding's output is cast to it once and it flows from there.
     remat: what the backward pass recomputes, or None.
+    stages: what cuts the layers over pipeline stages, or None.
   """
 
   config: Family
   dtype: DTypeLike = jnp.float32
   remat: Remat | None = None
+  stages: Stages | None = None
 
   def setup(self):
     """Declares the parts."""
     c, layers = self.config, self.config.layers()
     self.embedding = Embedding(vocab=c.vocab, width=c.width).build()
     self.open = layers[0].residual.build()
-    self.stack = Stack(plan_segments(c, self.remat), self.remat)
+    self.stack = Stack(self.segments, self.remat, self.stages)
     self.close = layers[-1].residual.build()
     self.norm = layers[-1].norm.build()
     self.head = Head(c.width, c.vocab)
     self.mtp = [] if c.mtp is None else [c.mtp.build(layers[-1]) for _ in range(c.mtp.depth)]
 
+  @property
+  def segments(self) -> tuple[Segment, ...]:
+    """The scans that run the layers."""
+    return plan_segments(self.config, self.remat, self.stages)
+
   def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
     """Returns embeddings [B, T, D] in the compute dtype."""
-    x = self.embedding(tokens).astype(self.dtype)
+    x = context.between_layouts(self.embedding(tokens).astype(self.dtype))
     return context.rules.constrain(x, ('batch', 'seq', 'act_embed'))
 
   def __call__(self, context: Context, caches: Any = None) -> tuple[jax.Array, Any]:
@@ -108,7 +116,7 @@ class Decoder(nn.Module):
       return result
     state = self.config.mtp.start(stream, result[0])
     for depth in range(1, len(self.mtp) + 1):
-      tokens = shift_left(context.tokens, depth)
+      tokens = context.tokens_ahead(depth)
       state, hidden, _ = self.ahead(depth, state, tokens, context)
       result.append(hidden)
     return result
@@ -145,15 +153,18 @@ class Decoder(nn.Module):
     return self.logits(self.every_depth(context)[0], context)
 
 
-def shift_left(x: jax.Array, places: int) -> jax.Array:
-  """Moves [B, T] to the left; zeros come in."""
-  return jnp.pad(x[:, places:], ((0, 0), (0, min(places, x.shape[1]))))
+def plan_segments(
+  family: Family, remat: Remat | None = None, stages: Stages | None = None
+) -> tuple[Segment, ...]:
+  """Returns the scans that run a family's layers.
 
-
-def plan_segments(family: Family, remat: Remat | None = None) -> tuple[Segment, ...]:
-  """Returns the scans that run a family's layers."""
+  Raises:
+    ConfigError: the layers cannot be cut over the stages.
+  """
   segments = segment(family.layers())
-  return segments if remat is None else remat.regroup(segments)
+  if remat is not None:
+    segments = remat.regroup(segments)
+  return segments if stages is None else stages.cut(segments)
 
 
 def init_variables(decoder: Decoder, key: jax.Array) -> dict[str, Any]:

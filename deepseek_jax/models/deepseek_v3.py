@@ -24,6 +24,7 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import Add
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.mtp import MTP
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 
@@ -79,6 +80,11 @@ class DeepSeekV3:
     sparse = self.depth - self.dense_layers
     return [block(self.dense)] * self.dense_layers + [block(self.feed_forward)] * sparse
 
-  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(
+    self,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat | None = None,
+    stages: Stages | None = None,
+  ) -> Decoder:
     """Returns the module: tokens [B, T] -> hidden states [B, T, D]."""
-    return Decoder(self, dtype, remat)
+    return Decoder(self, dtype, remat, stages)

@@ -16,6 +16,7 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.residual import Add
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.mtp import LaneMTP
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 
@@ -83,6 +84,11 @@ class DeepSeekV4:
       for a, f in zip(attentions, feed_forwards, strict=True)
     ]
 
-  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(
+    self,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat | None = None,
+    stages: Stages | None = None,
+  ) -> Decoder:
     """Returns the module: tokens [B, T] -> hidden states [B, T, D]."""
-    return Decoder(self, dtype, remat)
+    return Decoder(self, dtype, remat, stages)

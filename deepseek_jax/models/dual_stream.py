@@ -15,6 +15,7 @@ from deepseek_jax.layers.context import Context, Memory
 from deepseek_jax.layers.feed_forward import MLP, SwiGLU
 from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.multimodal import Multimodal, MultimodalDecoder
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.models.seeing import Encoded, encode_media, span_modalities
@@ -100,9 +101,14 @@ class DualStream(Multimodal):
         result.append(across)
     return result
 
-  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(
+    self,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat | None = None,
+    stages: Stages | None = None,
+  ) -> Decoder:
     """Returns the module: tokens [B, T] and media -> hidden states [B, T, D]."""
-    return DualStreamDecoder(self, dtype, remat)
+    return DualStreamDecoder(self, dtype, remat, stages)
 
 
 class DualStreamDecoder(MultimodalDecoder):
@@ -137,6 +143,7 @@ class DualStreamDecoder(MultimodalDecoder):
   def memory(self, words: jax.Array, context: Context) -> Memory:
     """Returns what the words attend to, of embeddings [B, T, D] of the words and of media."""
     media = encode_media(self, context)
+    assert context.placeholders is not None  # only rows with media have a memory
     places = media_places(
       context.placeholders,
       context.positions,

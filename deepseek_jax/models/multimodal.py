@@ -19,6 +19,7 @@ from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.encoder import AnyEncoder
 from deepseek_jax.models.mtp import MTP
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block
 from deepseek_jax.models.remat import Remat
 from deepseek_jax.models.seeing import (
@@ -116,9 +117,14 @@ class Multimodal:
         )
     return errors
 
-  def build(self, dtype: DTypeLike = jnp.float32, remat: Remat | None = None) -> Decoder:
+  def build(
+    self,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat | None = None,
+    stages: Stages | None = None,
+  ) -> Decoder:
     """Returns the module: tokens [B, T] and media -> hidden states [B, T, D]."""
-    return MultimodalDecoder(self, dtype, remat)
+    return MultimodalDecoder(self, dtype, remat, stages)
 
 
 class MultimodalDecoder(Decoder):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -65,10 +65,18 @@ class Block:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """A pattern of neighbouring layers that is run `repeats` times by one scan."""
+  """A pattern of neighbouring layers that is run `repeats` times by one scan.
+
+  Attributes:
+    pattern: the layers of one repeat.
+    repeats: how often.
+    axis: logical name of the axis that the repeats' variables are stacked along: `stage` where they
+      are cut over pipeline stages.
+  """
 
   pattern: tuple[Block, ...]
   repeats: int
+  axis: Literal['layers', 'stage'] = 'layers'
 
   @property
   def layers(self) -> int:

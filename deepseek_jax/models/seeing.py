@@ -172,7 +172,7 @@ def example(decoder: Decoder, context: Context) -> Context:
   rows = context.tokens.shape[0]
   media = {kind: no_media(encoder, rows) for kind, encoder in config.encoders.items()}
   if 'tile' in media:
-    media['tile'] = media['tile'].replace(boxes=jnp.zeros((rows, 1, 5)))
+    media['tile'] = dataclasses.replace(media['tile'], boxes=jnp.zeros((rows, 1, 5)))
   return dataclasses.replace(context, media=media, placeholders=jnp.zeros_like(context.tokens))
 
 

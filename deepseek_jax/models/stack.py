@@ -11,8 +11,10 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.feed_forward import Remembering
+from deepseek_jax.models.pipeline import Stages
 from deepseek_jax.models.plan import Block, Segment
 from deepseek_jax.models.remat import Remat
+from deepseek_jax.models.stages import run_stages
 
 
 class BlockCache(NamedTuple):
@@ -83,12 +85,19 @@ class Stack(nn.Module):
 
   segments: tuple[Segment, ...]
   remat: Remat | None = None
+  stages: Stages | None = None
 
   @nn.compact
   def __call__(self, stream: Any, context: Context, caches: Any = None) -> tuple[Any, Any]:
     """Runs the plan; `caches` is what `empty_caches` returns, or None."""
     written = []
+    staged = [] if caches is not None else self._staged(context)
     for number, part in enumerate(self.segments):
+      if number in staged:
+        # All rounds at once.
+        if number == staged[0]:
+          stream = self._run_staged(staged, stream, context)
+        continue
       scanned = part.repeats > 1
       module: Any = Pattern
       if self.remat is not None:
@@ -100,13 +109,26 @@ class Stack(nn.Module):
           split_rngs={'params': True, 'noise': True},
           in_axes=(nn.broadcast, 0),
           length=part.repeats,
-          metadata_params={nn.PARTITION_NAME: 'layers'},
+          metadata_params={nn.PARTITION_NAME: part.axis},
         )
       cache = None if caches is None else caches[number]
       run = module(part.pattern, name=f'segment_{number}')
       stream, cache = run(stream, context, cache)
       written.append(cache)
     return stream, None if caches is None else tuple(written)
+
+  def _staged(self, context: Context) -> list[int]:
+    """Numbers of the segments that go through the stages, where the rules put layers there."""
+    if self.stages is None or not context.rules.stage or self.is_initializing():
+      return []
+    return [number for number, part in enumerate(self.segments) if part.axis == 'stage']
+
+  def _run_staged(self, numbers: list[int], stream: Any, context: Context) -> Any:
+    """Runs the segments that are cut over stages."""
+    assert self.stages is not None
+    module = Pattern if self.remat is None else self.remat.wrap(Pattern, scanned=True)
+    repeat = module(self.segments[numbers[0]].pattern, parent=None)
+    return run_stages(self, repeat, numbers, self.stages, stream, context)
 
 
 def empty_cache(

@@ -17,6 +17,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+_LANES = 128
+"""Numbers in a vector of a TPU."""
+
 
 class Plan(NamedTuple):
   """Which rows go where; the same on every shard, but for `shard`.
@@ -167,15 +170,20 @@ def _move(rows: jax.Array, sent: _Runs, received: _Runs, axis: str, room: int) -
 
 
 def _move_ragged(rows, sent, received, axis, room):
-  return jax.lax.ragged_all_to_all(
-    rows,
-    jnp.zeros((room, rows.shape[1]), rows.dtype),
+  # A row as whole tiles of eight vectors: of plain rows a TPU's compiler makes tiles of two, which
+  # by its own estimate take four times as long to fill and to read.
+  width = rows.shape[1]
+  tiled = (width // _LANES, _LANES) if width % (8 * _LANES) == 0 else (width,)
+  moved = jax.lax.ragged_all_to_all(
+    rows.reshape(-1, *tiled),
+    jnp.zeros((room, *tiled), rows.dtype),
     sent.start.reshape(-1),
     sent.size.reshape(-1),
     sent.landing.reshape(-1),
     received.size.reshape(-1),
     axis_name=axis,
   )
+  return moved.reshape(room, width)
 
 
 def _move_padded(rows, sent, received, axis, room):

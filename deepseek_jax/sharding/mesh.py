@@ -3,9 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.core.config import ConfigError
@@ -71,8 +73,9 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """Lays the devices out as the mesh of `config`, with all six axes.
 
-  `jax.make_mesh` is not used as it is: its axes are `Explicit` by default, under which Linen's
-  labels assert; ours are `Auto`.
+  `jax.make_mesh` is not used: its axes are `Explicit` by default, under which Linen's labels
+  assert, where ours are `Auto`; and it does not cut an axis of the torus, so that 16 experts would
+  not lie on 8 × 8 × 8 chips.
 
   Raises:
     ConfigError: the axes do not multiply to the number of devices.
@@ -81,7 +84,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   sizes = config.sizes(len(devices))
   shape = tuple(sizes[axis] for axis in MESH_AXES)
   types = (AxisType.Auto,) * len(MESH_AXES)
+  return Mesh(arrange(devices, shape), MESH_AXES, axis_types=types)
+
+
+def arrange(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+  """Returns the devices as an array of a shape, neighbours of the torus along the last axes."""
   if devices[0].platform == 'cpu':
     # Host devices have no topology to respect; keep their order, it makes tests repeatable.
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=types)
-  return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    return np.asarray(devices).reshape(shape)
+  return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)

@@ -84,6 +84,12 @@ class Rules:
       entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
     return PartitionSpec(*entries)
 
+  def without(self, mesh_axis: str) -> 'Rules':
+    """Returns the table for where one mesh axis has been dealt with: nothing lies along it."""
+    fields = (field.name for field in dataclasses.fields(self))
+    kept = {name: tuple(a for a in getattr(self, name) if a != mesh_axis) for name in fields}
+    return dataclasses.replace(self, **kept)
+
   def constrain(self, x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     """Pins the layout of an activation inside a jitted function.
 

@@ -18,6 +18,7 @@ from typing import Any
 from orbax.checkpoint import v1 as ocp
 
 from deepseek_jax.core.config import ConfigError
+from deepseek_jax.sharding.agreement import from_first
 from deepseek_jax.train.checkpoint_reader import (
   Json,
   PyTree,
@@ -156,8 +157,8 @@ class Checkpoints:
       )
     _require_json(data_state=data_state, config=config)
     needed = needed_bytes(state)
-    if free_bytes(self.directory) < needed:
-      raise full(self.directory, f'the checkpoint of step {step}', needed)
+    # Of several processes either all begin to save or none.
+    from_first(lambda: self._require_room(step, needed))
     self._bytes = needed
     scores = {name: float(value) for name, value in (metrics or {}).items()}
     response = self._open_writer().save_checkpointables_async(
@@ -250,6 +251,11 @@ class Checkpoints:
       if not is_full(error):
         raise
       raise full(self.directory, f'the checkpoint of step {step}', self._bytes) from error
+
+  def _require_room(self, step: int, needed: int) -> None:
+    """Refuses to save what will not fit."""
+    if free_bytes(self.directory) < needed:
+      raise full(self.directory, f'the checkpoint of step {step}', needed)
 
   def _abandon(self, step: int) -> None:
     """Removes what a failed save has written, and the writer that has failed."""

@@ -116,6 +116,29 @@ class LiveDisplay:
       live.stop()
 
 
+class Both:
+  """Shows everything in two places, such as a terminal and a log."""
+
+  def __init__(self, first: Display, second: Display):
+    """Keeps both."""
+    self._displays = (first, second)
+
+  def update(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Shows the numbers of a step twice."""
+    for display in self._displays:
+      display.update(step, metrics)
+
+  def message(self, text: str) -> None:
+    """Shows one line twice."""
+    for display in self._displays:
+      display.message(text)
+
+  def close(self) -> None:
+    """Closes both."""
+    for display in self._displays:
+      display.close()
+
+
 def make_display(
   total_steps: int,
   *,

@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from deepseek_jax.data.batch import Batch, Rows
@@ -59,7 +58,7 @@ def evaluate(
     batches: how many batches to take, spread evenly over the split; None takes all.
   """
   size = program.experiment.data.batch_size
-  chosen: Iterator[Batch] = heldout_batches(split, size)
+  chosen: Iterator[Batch] = heldout_batches(split, size, program.own_rows)
   total = math.ceil(split.rows / size)
   if batches is not None and batches < total:
     numbers = {i * total // batches for i in range(batches)}
@@ -68,7 +67,7 @@ def evaluate(
   # The next batch is sent off before the last one is waited for.
   pending = None
   for batch in chosen:
-    current = program.evaluate(params, buffers, jax.device_put(batch, program.batch_sharding))
+    current = program.evaluate(params, buffers, program.put(batch))
     pending, ready = current, pending
     _add(sums, ready)
   _add(sums, pending)

@@ -1,7 +1,7 @@
 """The one object that says what a run is."""
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Any
 
 from deepseek_jax.core.annotation import Presets
 from deepseek_jax.core.config import ConfigError
@@ -10,25 +10,38 @@ from deepseek_jax.data.captions import ImageCaptions
 from deepseek_jax.data.media.rows import MediaCorpus
 from deepseek_jax.data.pipeline import TextCorpus
 from deepseek_jax.data.recall import Recall
+from deepseek_jax.layers.attention.interface import SharesRows, in_order_only
+from deepseek_jax.layers.attention.latent import MLA
+from deepseek_jax.layers.attention.mha import MHA
+from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.layers.context_parallel import ContextParallel, Contiguous, Ring
+from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.moe import MoE
+from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
 from deepseek_jax.models.contrastive import Contrastive
+from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
 from deepseek_jax.models.dual_stream import DualStream
 from deepseek_jax.models.multimodal import Multimodal
+from deepseek_jax.models.pipeline import AXIS, GPipe, Interleaved, Stages
+from deepseek_jax.models.plan import Segment
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.optim.balance import ProportionalBias, SignBias
+from deepseek_jax.optim.compression import Exact, LocalSteps, Quantised
 from deepseek_jax.optim.ema import EMA
 from deepseek_jax.optim.optimizer import AdamW, Muon
 from deepseek_jax.optim.schedule import Schedule
 from deepseek_jax.sharding.mesh import MeshConfig
-from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
+from deepseek_jax.sharding.presets import CONTEXT, EXPERT, FSDP, PIPELINE, POD, TENSOR
 from deepseek_jax.sharding.rules import Rules, shard_count
 from deepseek_jax.train.guard import Guard
 from deepseek_jax.train.init_from import InitFrom
 from deepseek_jax.train.objective import NextToken
 from deepseek_jax.train.placement import Rebalance, check_placement, expert_devices
+from deepseek_jax.train.replicas import check_replicas
+from deepseek_jax.train.snapshot import Snapshot
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,8 @@ class Cadence:
     sample: writes continuations of the prompts; None never.
     save: writes a checkpoint; the last step always does. None is only then.
     keep: newest checkpoints that are kept; the best by held-out bits per byte is kept too.
+    snapshot: how often each process copies its part of the state to a disk beside it, to go on
+      from there after a fault; None never.
   """
 
   log: int = 10
@@ -50,12 +65,13 @@ class Cadence:
   sample: int | None = None
   save: int | None = None
   keep: int = 3
+  snapshot: Snapshot | None = None
 
   def __post_init__(self):
     errors = [
       f'`{field.name}` is {value}; expected 1 or more'
       for field in dataclasses.fields(self)
-      if (value := getattr(self, field.name)) is not None and value < 1
+      if isinstance(value := getattr(self, field.name), int) and value < 1
     ]
     if errors:
       raise ConfigError(errors)
@@ -78,11 +94,15 @@ class Experiment:
       None to leave them where they are.
     guard: which steps are skipped, and when the run stops for it; None takes every step.
     ema: averaged weights that are kept beside the weights, or None.
+    reduction: how gradients of replicas (slices joined by a slow network) are added up; None leaves
+      it to the compiler, as one sum over the whole batch.
     microbatches: equal parts of a batch that are run one after the other; gradients are summed.
     remat: what the backward pass recomputes, or None to remember everything.
+    pipeline: how microbatches go through the stages of the mesh, or None where there is one.
     precision: compute dtype; parameters stay float32.
     mesh: how devices are laid out.
     rules: which array axes lie on which mesh axes.
+    context_parallel: how tokens reach keys where `rules` spreads the tokens of a row.
     cadence: how often the run logs, evaluates, samples and saves.
     prompts: texts that samples continue.
     init_from: another run's checkpoint whose weights a new run begins with, or None.
@@ -102,11 +122,17 @@ class Experiment:
   placement: Rebalance | None = None
   guard: Guard | None = Guard()
   ema: EMA | None = None
+  reduction: Exact | Quantised | LocalSteps | None = None
   microbatches: int = 1
   remat: EveryLayer | SquareRoot | Save | Compressed | None = None
+  pipeline: GPipe | Interleaved | None = None
   precision: Precision = Float32()
   mesh: MeshConfig = MeshConfig()
-  rules: Annotated[Rules, Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT)] = FSDP
+  rules: Annotated[
+    Rules,
+    Presets(FSDP=FSDP, TENSOR=TENSOR, EXPERT=EXPERT, CONTEXT=CONTEXT, PIPELINE=PIPELINE, POD=POD),
+  ] = FSDP
+  context_parallel: ContextParallel = Ring()
   cadence: Cadence = Cadence()
   prompts: tuple[str, ...] = ()
   init_from: InitFrom | None = None
@@ -130,6 +156,16 @@ class Experiment:
       errors.append(f'`seed` is {self.seed}; expected 0 to {2**32 - 1}')
     if errors:
       raise ConfigError(errors)
+
+  @property
+  def stages(self) -> Stages | None:
+    """The pipeline on the stages of the mesh, or None without one."""
+    return None if self.pipeline is None else Stages(self.pipeline, self.mesh.stage)
+
+  @property
+  def segments(self) -> tuple[Segment, ...]:
+    """The scans that run the layers, in training and in checkpoints."""
+    return plan_segments(self.model, self.remat, self.stages)
 
   def check(self, devices: int) -> list[str]:
     """Returns everything that is wrong between the parts on `devices` devices, as messages."""
@@ -158,7 +194,8 @@ class Experiment:
       errors += [f'data.tokenizer: {message}' for message in error.messages]
     if not any(message.startswith('mesh') for message in errors):
       errors += self._check_batch(devices) + self._check_dispatch(devices)
-      errors += self._check_placement(devices)
+      errors += check_shared_rows(self, devices)
+      errors += self._check_placement(devices) + self._check_stages(devices)
     return errors + self._check_tables() + self._check_experts() + self._check_images()
 
   def _mixtures(self) -> list[MoE]:
@@ -185,6 +222,11 @@ class Experiment:
         errors.append(
           'feed_forward.breaker counts on a guard to skip the step of a fault; guard is None'
         )
+      if isinstance(self.reduction, LocalSteps) and (moe.growth or moe.breaker):
+        errors.append(
+          'reduction is LocalSteps, whose replicas have weights of their own between exchanges; '
+          'experts that come and go (feed_forward.growth, .breaker) are made anew in common ones'
+        )
       if moe.growth is not None:
         try:
           moe.growth.stages(moe.experts, moe.top_k, self.train_steps)
@@ -200,6 +242,26 @@ class Experiment:
       for moe in self._mixtures()
       for message in moe.dispatch.check(moe.slots, sizes, self.rules)
     ]
+
+  def _check_stages(self, devices: int) -> list[str]:
+    """Layers can be cut over the stages of the mesh, and rows into microbatches for them."""
+    stages = self.stages
+    if stages is None:
+      used = any(AXIS in axes for axes in dataclasses.asdict(self.rules).values())
+      # An axis of that name may do something else.
+      if self.mesh.stage == 1 or (used and not self.rules.stage):
+        return []
+      return [
+        f'mesh.stage is {self.mesh.stage}, but pipeline is None: every stage would hold all '
+        "layers; try pipeline='GPipe(microbatches=4)' and rules=PIPELINE"
+      ]
+    rows = self.data.batch_size // self.microbatches
+    errors = stages.check(self.mesh.sizes(devices), self.rules, rows)
+    try:
+      plan_segments(self.model, self.remat, stages)
+    except ConfigError as error:
+      errors += error.messages
+    return [f'pipeline {type(self.pipeline).__name__}: {message}' for message in errors]
 
   def _check_placement(self, devices: int) -> list[str]:
     """Slots of experts can be filled on this mesh."""
@@ -237,12 +299,78 @@ class Experiment:
         f'data.batch_size {self.data.batch_size} gives {rows} rows{each}, not divisible by the '
         f'{row_shards} devices that share the batch (rules.batch {self.rules.batch})'
       )
+    if self.reduction is not None:
+      errors += check_replicas(self.rules)
     if self.data.length % token_shards:
       errors.append(
         f'data.length is {self.data.length}, not divisible by the {token_shards} devices that '
         f'share a sequence (rules.seq {self.rules.seq})'
       )
     return errors
+
+
+def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
+  """Returns what keeps devices from sharing the tokens of a row, as messages."""
+  sizes, model = experiment.mesh.sizes(devices), experiment.model
+  shards, length = shard_count(experiment.rules.seq, sizes), experiment.data.length
+  if sizes['seq'] > 1 and not any('seq' in axes for axes in vars(experiment.rules).values()):
+    return [
+      f'mesh.seq is {sizes["seq"]}, but no rule has anything on that axis: its devices would all '
+      'do the same; the preset CONTEXT has the tokens of a row there'
+    ]
+  if shards == 1 or length % shards:
+    return []
+  order = experiment.context_parallel.order
+  pieces = len(order.chunks(shards))
+  if length % pieces:
+    return [
+      f'context_parallel.order {type(order).__name__} cuts data.length {length} into {pieces} '
+      f'chunks for {shards} devices, which do not divide it'
+    ]
+  layers = model.layers()
+  blocks = dict.fromkeys([*layers, *([] if model.mtp is None else [model.mtp.block(layers[-1])])])
+  errors = []
+  for kind in dict.fromkeys(block.attention for block in blocks):
+    faults = []
+    if isinstance(kind, SharesRows):
+      faults = kind.check_shared(length // shards, order)
+    elif not isinstance(order, Contiguous):
+      faults = [
+        f'does not say that it takes tokens in the order {type(order).__name__}; use Contiguous(), '
+        'or give it `check_shared`'
+      ]
+    faults += heads_fault(kind, experiment, sizes)
+    errors += [f'context_parallel: attention {type(kind).__name__}: {fault}' for fault in faults]
+  if isinstance(model, DeepSeekV4):
+    errors.append(
+      f'rules.seq {experiment.rules.seq} has {shards} devices that share a row; a whole step of '
+      'DeepSeekV4 was not found equal to that of one device there: let each have rows of its own'
+    )
+  for moe in dict.fromkeys(block.feed_forward for block in blocks):
+    parts = (moe.router, moe.dispatch) if isinstance(moe, MoE) else ()
+    errors += [
+      f'context_parallel: {type(part).__name__} {fault}'
+      for part in parts
+      if isinstance(part, ExpertAttention | Capacity)
+      for fault in in_order_only(order, 'the tokens of a row, one after the other,')
+    ]
+  return errors
+
+
+def heads_fault(kind: Any, experiment: Experiment, sizes: dict[str, int]) -> list[str]:
+  """Returns why an attention kind cannot have heads apart where devices share a row, as messages.
+
+  Kinds beside these three leave heads to the compiler, which ended the process when it was to
+  partition `DSA` so; the others of them were not tried.
+  """
+  rules = experiment.rules
+  spread = shard_count(rules.act_heads, sizes) > 1 or shard_count(rules.heads, sizes) > 1
+  if not spread or isinstance(kind, MLA | MHA | Window):
+    return []
+  return [
+    f'has heads on {rules.act_heads or rules.heads} where devices share a row, which the compiler '
+    'cannot partition for it; give `model` one device'
+  ]
 
 
 def resolved(experiment: Experiment, precision: Precision) -> Experiment:

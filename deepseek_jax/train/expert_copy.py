@@ -12,6 +12,7 @@ from deepseek_jax.optim.balance import BIAS
 from deepseek_jax.train.state import TrainState
 
 COUNTS = ('expert', 'routed')
+LAYERS = ('layers', 'stage')
 """Axes that count experts: of their own weights, and of what a router knows them by."""
 
 type Axes = tuple[str | None, ...]
@@ -131,13 +132,13 @@ def _copy_layer(
 
 def _sizes(array: jax.Array, axes: Axes) -> list[int]:
   """The shape of one expert's part of an array."""
-  return [1 if name in (*COUNTS, 'layers') else n for name, n in zip(axes, array.shape)]
+  return [1 if name in (*COUNTS, *LAYERS) else n for name, n in zip(axes, array.shape)]
 
 
 def _starts(axes: Axes, place: _Place) -> list[jax.Array]:
   """Where one expert's part of an array begins."""
   zero = jnp.zeros_like(place.row)
-  known = {'layers': place.row, **dict.fromkeys(COUNTS, place.expert)}
+  known = {**dict.fromkeys(LAYERS, place.row), **dict.fromkeys(COUNTS, place.expert)}
   return [zero if name is None else known.get(name, zero) for name in axes]
 
 

@@ -47,7 +47,7 @@ def find_layers(experiment: Experiment) -> list[Layer]:
   """Lists the layers with a growth or a breaker."""
   return [
     Layer(f'{prefix}feed_forward', block.feed_forward)
-    for prefix, block in blocks_by_address(experiment.model, experiment.remat)
+    for prefix, block in blocks_by_address(experiment.model, experiment.segments)
     if isinstance(block.feed_forward, MoE)
     and (block.feed_forward.growth is not None or block.feed_forward.breaker is not None)
   ]

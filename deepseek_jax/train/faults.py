@@ -1,5 +1,6 @@
 """The host's side of the guard: what is skipped is written out; too much of it ends the run."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ class FaultLog:
     display: Display,
     stop_after: int | None,
     segments: tuple[Segment, ...],
+    gather: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda own: (own,),
   ):
     """Remembers where to write.
 
@@ -51,9 +53,10 @@ class FaultLog:
       display: shows a line for each fault.
       stop_after: skipped steps in a row that are too many, or None.
       segments: the plan of the stack, which knows the layers of experts.
+      gather: from what one process has read, int32 [n], to what each has read.
     """
     self.rows, self.stop_after = rows, stop_after
-    self._split, self._display = split, display
+    self._split, self._display, self._gather = split, display, gather
     self._experts = ExpertLog(rows, display, segments)
     self.exhausted = False
     self.last: str | None = None
@@ -66,7 +69,7 @@ class FaultLog:
     Args:
       step: the number of the step.
       metrics: what the step returned.
-      documents: [B, T] int32 document of every token; -1 is padding.
+      documents: [B, T] int32 document of every token that this process has read; -1 is padding.
     """
     self._experts.read(step, metrics)
     self.exhausted |= self._experts.exhausted
@@ -78,7 +81,7 @@ class FaultLog:
     report = jax.device_get(report)
     self.exhausted |= self.stop_after is not None and report['in_a_row'] >= self.stop_after
     self.last = describe(fault, values, report['bounds'])
-    ids = [int(number) for number in np.unique(documents) if number >= 0]
+    ids = sorted({int(n) for own in self._gather(np.unique(documents)) for n in own if n >= 0})
     titles = [self._split.titles[number] for number in ids]
     row = {'step': step, 'kind': KINDS[fault], 'message': self.last, **values}
     self.rows.append({**row, 'documents': ids, 'titles': titles})

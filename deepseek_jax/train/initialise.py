@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.serialise import from_json
-from deepseek_jax.models.decoder import plan_segments
+from deepseek_jax.data.progress import say
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.checkpoint_reader import read_tree, saved_steps, whole_step
@@ -24,6 +26,7 @@ from deepseek_jax.train.regroup import (
   match_pieces,
   pieces,
 )
+from deepseek_jax.train.replicas import refit_carry, saved_replicas
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Program
 
@@ -47,26 +50,57 @@ def read_segments(path: pathlib.Path) -> tuple[Segment, ...]:
     raise ConfigError(f'{path}: its config: {message}' for message in error.messages) from None
   if not isinstance(found, Experiment):
     raise ConfigError(f'{path}: its config is no Experiment but {type(found).__name__}')
-  return plan_segments(found.model, found.remat)
+  return found.segments
 
 
-def resume_state(program: Program, checkpoints: Checkpoints, step: int) -> TrainState:
-  """Reads a run's own checkpoint, whichever way its layers were grouped when it was saved.
+def resume_state(
+  program: Program, checkpoints: Checkpoints, step: int, tell: Callable[[str], None] = say
+) -> TrainState:
+  """Reads a run's own checkpoint, as it was saved: other groups of layers, or other replicas.
 
   Args:
     program: the functions of the run.
     checkpoints: of the run.
     step: which one.
+    tell: takes a line about what is not as it was.
 
   Raises:
     ConfigError: it cannot be read, or arrays are missing or differ.
   """
+  wanted = program.abstract_state
+  tree = read_tree(checkpoints.directory / str(step))
+  found = saved_replicas(tree.get('carry', ()) if isinstance(tree, dict) else ())
+  replicas = saved_replicas(wanted.carry)
+  if found in (None, replicas) or replicas is None:
+    return _resume(program, wanted, checkpoints, step)
+
+  def before(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if not leaf.shape:
+      return leaf
+    lies = NamedSharding(program.mesh, PartitionSpec(None, *leaf.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct((found, *leaf.shape[1:]), leaf.dtype, sharding=lies)
+
+  saved = dataclasses.replace(wanted, carry=jax.tree.map(before, wanted.carry))
+  state = _resume(program, saved, checkpoints, step)
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted.carry)
+  refit = jax.jit(lambda carry: refit_carry(carry, replicas), out_shardings=shardings)
+  tell(
+    f'step {step} was saved by {found} replicas: {replicas} go on, each with its share of the '
+    'errors and with the mean of the rest'
+  )
+  return dataclasses.replace(state, carry=refit(state.carry))
+
+
+def _resume(
+  program: Program, wanted: TrainState, checkpoints: Checkpoints, step: int
+) -> TrainState:
+  """Reads a checkpoint into the shapes and layouts of `wanted`."""
   path = checkpoints.directory / str(step)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  segments = program.experiment.segments
   saved = read_segments(path)
   if saved == segments:
-    return checkpoints.restore(program.abstract_state, step).state
-  target = pieces(flat(program.abstract_state), segments)
+    return checkpoints.restore(wanted, step).state
+  target = pieces(flat(wanted), segments)
   transfer = match_pieces(pieces(flat(read_tree(path)), saved), target)
   faults = [f'{address}: found nothing' for address in collapse(transfer.fresh)]
   faults += [f'{address}: {words}' for address, words in transfer.different.items()]
@@ -75,7 +109,7 @@ def resume_state(program: Program, checkpoints: Checkpoints, step: int) -> Train
     raise ConfigError(
       [f'{path}: its arrays differ from those of this experiment', *faults[:_SHOWN]]
     )
-  return load_pieces(path, transfer, program.abstract_state, target)
+  return load_pieces(path, transfer, wanted, target)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +185,7 @@ def open_origin(program: Program) -> Origin | None:
     if collection != 'params' and inside.startswith('params/'):
       inside = f'{collection}/{inside.removeprefix("params/")}'
     renamed[address] = dataclasses.replace(piece, address=inside)
-  segments = plan_segments(program.experiment.model, program.experiment.remat)
+  segments = program.experiment.segments
   target = pieces(
     flat({name: getattr(program.abstract_state, name) for name in _COLLECTIONS}), segments
   )

@@ -4,10 +4,19 @@ import signal
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Protocol
 
 
 class StoppedEarlyError(Exception):
   """The run was asked to stop before it had anything to save."""
+
+
+class Asked(Protocol):
+  """Knows whether the run is to stop."""
+
+  @property
+  def requested(self) -> str | None:
+    """Why, or None."""
 
 
 class Stop:
@@ -45,7 +54,7 @@ class Stop:
     self.requested = signal.Signals(number).name
 
 
-def in_background[Result](work: Callable[[], Result], stop: Stop) -> Result:
+def in_background[Result](work: Callable[[], Result], stop: Asked) -> Result:
   """Runs `work` in another thread and waits; Python hears signals in its main thread only.
 
   Compilation is one long call into C++ that would hold a signal back for minutes.

@@ -9,30 +9,32 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.media.rows import MediaData
 from deepseek_jax.data.pipeline import TextData
 from deepseek_jax.data.recall import RecallData
-from deepseek_jax.models.decoder import plan_segments
-from deepseek_jax.models.plan import Segment
+from deepseek_jax.sharding.agreement import from_first, gather, in_turn
+from deepseek_jax.sharding.host_rows import put_whole
 from deepseek_jax.train import report
 from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.display import Display
 from deepseek_jax.train.evaluate import Evaluation, bits_per_byte, evaluate
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.faults import FaultLog
-from deepseek_jax.train.initialise import Origin, open_origin, resume_state
-from deepseek_jax.train.interrupt import Stop, in_background
-from deepseek_jax.train.metrics import JsonLines, MetricWriter
+from deepseek_jax.train.initialise import Origin, open_origin
+from deepseek_jax.train.interrupt import Stop
+from deepseek_jax.train.link import Link, agreed, open_link, with_interval
+from deepseek_jax.train.metrics import MetricWriter
 from deepseek_jax.train.placement import expert_devices, rebalance
-from deepseek_jax.train.recover import recover
+from deepseek_jax.train.restart import Restart, find_restart
 from deepseek_jax.train.saver import Saver
+from deepseek_jax.train.snapshot import Snapshots, make_snapshots
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.step import Metrics, Program, build_program
 from deepseek_jax.train.summary import experiment_weights, step_flops
+from deepseek_jax.train.team import Team, make_team
 from deepseek_jax.train.throughput import Clock, measure_matmul_peak, peak_memory_bytes
 from deepseek_jax.train.workdir import Workdir
 
@@ -60,14 +62,16 @@ class _Run:
   """What the parts of the loop share."""
 
   experiment: Experiment
-  segments: tuple[Segment, ...]
   program: Program
   data: TextData | CaptionData | RecallData | MediaData
   workdir: Workdir
   writer: MetricWriter
   faults: FaultLog
   saver: Saver
+  team: Team
+  snapshots: Snapshots | None
   clock: Clock
+  link: Link | None
   step_flops: np.ndarray
   peak_flops: float
   sample: Sampler | None
@@ -99,45 +103,50 @@ def train(
   """
   program = build_program(experiment)
   checkpoints = Checkpoints(workdir.checkpoints, experiment.cadence.keep, 'bits_per_byte')
-  writer = MetricWriter(workdir.path, display)
+  writer = workdir.writer(display)
+  team = make_team(display, workdir.rows(workdir.faults))
   with contextlib.ExitStack() as stack:
     stack.enter_context(writer)
     stack.enter_context(checkpoints)
     stop = stack.enter_context(Stop())
     display.message('reading the text …')
-    data = in_background(lambda: experiment.data.prepare(cache_dir), stop)
-    start = recover(workdir, display)
+    tokenized = lambda: in_turn(lambda: experiment.data.prepare(cache_dir))  # noqa: E731
+    data = team.in_background(tokenized, stop)
+    snapshots = make_snapshots(experiment.cadence.snapshot, workdir.path)
+    restart = find_restart(program, workdir, checkpoints, snapshots, display)
+    start = restart.step
     rewind(workdir, writer, start)
     if start >= experiment.train_steps:
       display.message(f'nothing to do: {start} of {experiment.train_steps} steps are done')
       return Outcome(start, None, None)
     saver = Saver(experiment, workdir, checkpoints, display)
-    saver.check_room(program.abstract_state)
-    display.message(f'going on after step {start} …' if start else 'compiling the training step …')
+    from_first(lambda: saver.check_room(program.abstract_state))
+    display.message(restart.words)
     origin = None if start else open_origin(program)
     if origin is not None:
-      origin.write(workdir.init_from)
+      from_first(functools.partial(origin.write, workdir.init_from))
       display.message(origin.describe())
-    prepare = lambda: _prepare(program, checkpoints, start, origin)  # noqa: E731
-    step, state, peak = in_background(prepare, stop)
-    data_spec = experiment.data
-    segments = plan_segments(experiment.model, experiment.remat)
+    prepare = lambda: _prepare(program, restart, origin)  # noqa: E731
+    step, state, peak = team.in_background(prepare, stop)
     run = _Run(
       experiment=experiment,
-      segments=segments,
       program=program,
       data=data,
       workdir=workdir,
       writer=writer,
       faults=FaultLog(
-        JsonLines(workdir.faults),
+        workdir.rows(workdir.faults),
         data.train,
         display,
         None if experiment.guard is None else experiment.guard.stop_after,
-        segments,
+        experiment.segments,
+        gather,
       ),
       saver=saver,
-      clock=Clock(data_spec.batch_size * data_spec.length),
+      team=team,
+      snapshots=snapshots,
+      clock=Clock(experiment.data.batch_size * experiment.data.length),
+      link=open_link(experiment),
       step_flops=step_flops(experiment, experiment_weights(program)),
       peak_flops=peak * len(program.mesh.devices.flat),
       sample=None if sample is None else sample(program, data),
@@ -150,16 +159,18 @@ def rewind(workdir: Workdir, writer: MetricWriter, step: int) -> None:
   """Drops log rows of steps that the checkpoint does not know of: they will be run again."""
   writer.truncate(step)
   for path in (workdir.evaluations, workdir.samples, workdir.faults, workdir.placements):
-    JsonLines(path).truncate(step)
+    workdir.rows(path).truncate(step)
 
 
 def _prepare(
-  program: Program, checkpoints: Checkpoints, start: int, origin: Origin | None
+  program: Program, restart: Restart, origin: Origin | None
 ) -> tuple[Callable[..., Any], TrainState, float]:
   """Compiles the step, and makes or restores the state."""
   compiled = program.step.compile(program.abstract_state, program.abstract_batch())
-  if start:
-    state = resume_state(program, checkpoints, start)
+  # What follows talks over the devices, which do not wait as long as a compilation may take.
+  gather(None)
+  if restart.restore is not None:
+    state = restart.restore()
   else:
     state = program.init(jax.random.key(program.experiment.seed))
     state = state if origin is None else origin.load(program, state)
@@ -173,25 +184,29 @@ def _loop(
 ) -> Outcome:
   """Dispatches one step ahead of the one whose results are read."""
   total, cadence = run.experiment.train_steps, run.experiment.cadence
-  batches = run.data.train_batches(start)
+  batches = run.data.train_batches(start, run.program.own_rows)
   pending: _Pending | None = None
   evaluation: Evaluation | None = None
   for done in range(start + 1, total + 1):
     begin = time.perf_counter()
     rows = next(batches)
-    batch = jax.device_put(rows, run.program.batch_sharding)
+    batch = run.program.put(rows)
     host_seconds = time.perf_counter() - begin
     state, metrics = step(state, batch)
     metrics['host_seconds'] = host_seconds
     _finish(run, pending)
     pending = _Pending(done, metrics, np.asarray(rows.documents))
+    state = _adapt(run, state, done)
+    if run.snapshots is not None and _due(done, run.snapshots.every):
+      run.snapshots.save(done, state)
     placement = run.experiment.placement
     if placement is not None and _due(done, placement.every):
       _finish(run, pending)
       pending = None
       state = _place(run, state, done)
     last = done == total
-    halt = stop.requested is not None or run.faults.exhausted
+    signal = run.team.stopping(done, stop, state.step, host_seconds)
+    halt = signal is not None or run.faults.exhausted
     evaluating = last or _due(done, cadence.evaluate)
     saving = last or halt or _due(done, cadence.save)
     if not (evaluating or saving or _due(done, cadence.sample)):
@@ -214,10 +229,22 @@ def _loop(
           run.saver.save(done, state, bits)
     if halt and not last:
       run.saver.finish()
-      run.writer.display.message(f'{stop.requested}: saved step {done} of {total}')
-      return Outcome(done, stop.requested, None)
+      run.writer.display.message(f'{signal}: saved step {done} of {total}')
+      return Outcome(done, signal, None)
   run.saver.finish()
+  if run.snapshots is not None:
+    run.snapshots.clear()
   return Outcome(total, None, evaluation)
+
+
+def _adapt(run: _Run, state: TrainState, step: int) -> TrainState:
+  """Lets replicas meet more or less often, where that is by measured seconds."""
+  measured = None if run.link is None else run.link.take()
+  if measured is None:
+    return state
+  measured = agreed(measured)
+  run.writer.display.message(f'step {step}  {measured}')
+  return with_interval(state, measured.steps)
 
 
 def _place(run: _Run, state: TrainState, step: int) -> TrainState:
@@ -225,9 +252,9 @@ def _place(run: _Run, state: TrainState, step: int) -> TrainState:
   experiment, display = run.experiment, run.writer.display
   assert experiment.placement is not None
   devices = expert_devices(experiment.rules, dict(run.program.mesh.shape))
-  placed = rebalance(state.buffers, experiment.placement.policy, devices, run.segments)
+  placed = rebalance(state.buffers, experiment.placement.policy, devices, run.experiment.segments)
   row = {'before': placed.before, 'after': placed.after}
-  JsonLines(run.workdir.placements).append({'step': step, **row})
+  run.workdir.rows(run.workdir.placements).append({'step': step, **row})
   worst = {name: max(row[name].values()) for name in ('before', 'after')}
   run.writer.write_scalars(step, 'placement', worst)
   display.message(
@@ -240,7 +267,7 @@ def _place(run: _Run, state: TrainState, step: int) -> TrainState:
 def _stop_skipping(run: _Run, state: TrainState, step: int) -> None:
   """Saves the state, whose weights are those of the last accepted step, and raises."""
   # Whoever goes on has every chance again.
-  fresh = jax.device_put(jnp.int32(0), state.guard.in_a_row.sharding)
+  fresh = put_whole(np.zeros((), np.int32), state.guard.in_a_row.sharding)
   guard = dataclasses.replace(state.guard, in_a_row=fresh)
   run.saver.save(step, dataclasses.replace(state, guard=guard), None)
   run.saver.finish()
@@ -266,6 +293,8 @@ def _finish(run: _Run, pending: _Pending | None) -> None:
   step, metrics, documents = pending
   jax.block_until_ready(metrics['loss'])
   run.clock.tick(step)
+  if run.link is not None:
+    run.link.tick(run.clock.last_seconds, exchanged=float(metrics['exchanged_bytes']) > 0)
   run.faults.read(step, metrics, documents)
   if step == 1 or step == run.experiment.train_steps or _due(step, run.experiment.cadence.log):
     run.writer.write(step, _numbers(run, step, jax.device_get(metrics)))
@@ -274,10 +303,10 @@ def _finish(run: _Run, pending: _Pending | None) -> None:
 def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
   """Returns the row of a finished step."""
   observed = metrics.pop('observed')
-  loads = report.layer_loads(observed, run.segments)
-  drops = report.drop_rates(observed, run.segments)
+  loads = report.layer_loads(observed, run.experiment.segments)
+  drops = report.drop_rates(observed, run.experiment.segments)
   buffers = metrics.pop('buffers')
-  biases = report.layer_biases(buffers, run.segments)
+  biases = report.layer_biases(buffers, run.experiment.segments)
   row = {name: float(value) for name, value in metrics.items()}
   row['bits_per_byte'] = bits_per_byte(row['loss'], run.data.train)
   rate = run.clock.tokens_per_second
@@ -285,13 +314,14 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
     row['tokens_per_second'] = rate
     row['mfu'] = run.step_flops[step - 1] / run.clock.tokens_per_step * rate / run.peak_flops
     row['seconds_left'] = run.clock.seconds_left(run.experiment.train_steps) or 0.0
+  row |= run.team.figures()
   row['elapsed_seconds'] = time.perf_counter() - run.started
   row['peak_memory_bytes'] = peak_memory_bytes()
   return {
     **row,
     **report.expert_figures(loads, biases, drops),
-    **report.lifecycle_figures(buffers, run.segments),
-    **report.attention_figures(observed, run.segments),
+    **report.lifecycle_figures(buffers, run.experiment.segments),
+    **report.attention_figures(observed, run.experiment.segments),
   }
 
 
@@ -312,7 +342,7 @@ def _evaluate(run: _Run, state: TrainState, step: int, last: bool) -> Evaluation
     row |= {'ema_loss': averaged.loss, 'ema_bits_per_byte': averaged.bits_per_byte}
     figures['ema_bits_per_byte'] = averaged.bits_per_byte
     message += f'  averaged weights {averaged.bits_per_byte:.4f}'
-  JsonLines(run.workdir.evaluations).append(row)
+  run.workdir.rows(run.workdir.evaluations).append(row)
   run.writer.write_scalars(step, 'heldout', figures)
   run.writer.display.message(message)
   return result
@@ -323,6 +353,6 @@ def _sample(run: _Run, state: TrainState, step: int) -> None:
     return
   weights = state.params if run.experiment.ema is None else state.ema
   for row in run.sample(weights, state.buffers):
-    JsonLines(run.workdir.samples).append({'step': step, **row})
+    run.workdir.rows(run.workdir.samples).append({'step': step, **row})
     line = (row['prompt'] + row['text']).replace('\n', ' ⏎ ')
     run.writer.display.message(f'sample: {line}')

@@ -110,6 +110,17 @@ class JsonLines:
     return len(rows) - len(kept)
 
 
+class NoRows(JsonLines):
+  """The same for a process that leaves the writing to another: rows are dropped."""
+
+  def append(self, row: Mapping[str, Any]) -> None:
+    """Drops the row."""
+
+  def truncate(self, step: int) -> int:
+    """Leaves the file to the other process."""
+    return 0
+
+
 class MetricWriter:
   """Writes the numbers of a step to `metrics.jsonl`, to TensorBoard and to the terminal.
 
@@ -210,6 +221,21 @@ class MetricWriter:
         for index, entry in enumerate(entries.ravel()):
           if math.isfinite(entry):
             self._board.scalar(step, f'{name}/{index:02d}' if entries.ndim else name, entry)
+
+
+class DisplayOnly(MetricWriter):
+  """The same for a process that leaves the writing to another: numbers are shown."""
+
+  def truncate(self, step: int) -> int:
+    """Leaves the files to the other process."""
+    return 0
+
+  def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Shows the numbers of one step."""
+    self.display.update(step, _plain(metrics))
+
+  def write_scalars(self, step: int, prefix: str, scalars: Mapping[str, float]) -> None:
+    """Leaves TensorBoard to the other process."""
 
 
 def _plain(value: Any) -> Any:

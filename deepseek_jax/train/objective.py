@@ -8,11 +8,12 @@ import jax.numpy as jnp
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.layers.context import Context
-from deepseek_jax.models.decoder import Decoder, shift_left
-from deepseek_jax.ops.losses import chunked_choice, chunked_cross_entropy
+from deepseek_jax.layers.context import Context, in_order, sequence_devices, shift_left
+from deepseek_jax.layers.context_parallel import ContextParallel, Ring, arrange
+from deepseek_jax.models.decoder import Decoder
 from deepseek_jax.optim.schedule import Constant, Schedule, ScheduleFn
 from deepseek_jax.sharding.rules import Rules
+from deepseek_jax.train.vocabulary_loss import choice, cross_entropy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,19 +83,45 @@ def batch_totals(batch: Batch, depth: int) -> Totals:
 
 
 def batch_context(
-  batch: Batch, rules: Rules, step: jax.Array | None = None, key: jax.Array | None = None
+  batch: Batch,
+  rules: Rules,
+  step: jax.Array | None = None,
+  key: jax.Array | None = None,
+  parallel: ContextParallel = Ring(),
 ) -> Context:
-  """Returns what the layers need to know about a batch [B, T]."""
+  """Returns what the layers need to know about a batch [B, T], whose tokens it puts in their order.
+
+  Args:
+    batch: tokens in the order of the row.
+    rules: how activations are laid out over the mesh.
+    step: scalar int32 training step, or None.
+    key: random key of the step's noise, or None.
+    parallel: says in which order devices that share a row hold its tokens.
+  """
+  order, devices = parallel.order, sequence_devices(rules)
   return Context(
-    tokens=batch.tokens,
-    positions=batch.positions,
-    segments=batch.segments,
+    tokens=arrange(batch.tokens, order, devices),
+    positions=arrange(batch.positions, order, devices),
+    segments=arrange(batch.segments, order, devices),
     media=batch.media,
     placeholders=batch.placeholders,
     step=step,
     key=key,
     rules=rules,
+    parallel=parallel,
   )
+
+
+def arranged_targets(batch: Batch, depth: int, context: Context) -> tuple[jax.Array, jax.Array]:
+  """Returns the targets [1 + depth, B, T] int32 of every depth and their weights, float32.
+
+  What is ahead of a token is found in the order of the row; the result lies as the context's
+  tokens do.
+  """
+  targets = jnp.stack([shift_left(batch.targets, k) for k in range(depth + 1)])
+  order, devices = context.parallel.order, sequence_devices(context.rules)
+  weights = target_weights(batch, depth)
+  return arrange(targets, order, devices, axis=2), arrange(weights, order, devices, axis=2)
 
 
 def training_loss(
@@ -112,10 +139,10 @@ def training_loss(
   Args:
     decoder: the model.
     variables: `params` and `buffers`.
-    batch: [B, T] microbatch.
+    batch: [B, T] microbatch, in the order of the row.
     totals: divisors of the whole batch.
     mtp_weight: [] weight λ of the mean MTP loss.
-    context: facts about the microbatch.
+    context: facts about the microbatch, from `batch_context`.
     chunk: positions of each row whose logits exist at once.
     scale: [] float32 factor on what is differentiated, or None; see `core.loss_scale`.
 
@@ -131,7 +158,7 @@ def training_loss(
     rngs={} if context.key is None else {'noise': context.key},
   )
   depth = len(hiddens) - 1
-  weights, divisors = target_weights(batch, depth), totals.targets
+  (targets, weights), divisors = arranged_targets(batch, depth, context), totals.targets
   if scale is not None:
     # The vocabulary loss makes, and rounds, its gradient in the forward pass, before any factor
     # from outside reaches it: there the targets' weights must carry the scale already.
@@ -139,7 +166,7 @@ def training_loss(
     divisors = jnp.full_like(divisors, scale)
   with jax.named_scope('vocabulary_loss'):
     sums = [
-      chunked_cross_entropy(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
+      cross_entropy(hidden, head, targets[k], weights[k], chunk, context)
       for k, hidden in enumerate(hiddens)
     ]
   losses = [total / divisors[k] for k, total in enumerate(sums)]
@@ -175,21 +202,23 @@ def evaluation_sums(
   found: Any = decoder.apply(variables, context, method=_every_depth)
   hiddens, head = found
   depth = len(hiddens) - 1
-  weights = target_weights(batch, depth)
+  wanted, weights = arranged_targets(batch, depth, context)
   nats, chosen = zip(
     *(
-      chunked_choice(hidden, head, shift_left(batch.targets, k), weights[k], chunk)
+      choice(hidden, head, wanted[k], weights[k], chunk, context)
       for k, hidden in enumerate(hiddens)
     ),
     strict=True,
   )
   targets = jnp.sum(weights, axis=(1, 2))
-  correct = jnp.sum((chosen[0] == batch.targets) * weights[0])
+  correct = jnp.sum((chosen[0] == wanted[0]) * weights[0])
   sums = {'nats': nats[0], 'targets': targets[0], 'correct': correct}
   if depth:
+    rules, parallel = context.rules, context.parallel
+    later = in_order(shift_left, chosen[0], 1, rules=rules, parallel=parallel)
     sums |= {
       'mtp_nats': jnp.stack(nats[1:]),
       'mtp_targets': targets[1:],
-      'accepted': jnp.sum((shift_left(chosen[0], 1) == chosen[1]) * weights[1]),
+      'accepted': jnp.sum((later == chosen[1]) * weights[1]),
     }
   return sums

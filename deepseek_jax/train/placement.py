@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from deepseek_jax.core.config import ConfigError
@@ -17,6 +16,7 @@ from deepseek_jax.layers.moe.placement import SLOTS, TOKENS
 from deepseek_jax.models.decoder import canonical, layer_of
 from deepseek_jax.models.plan import Segment
 from deepseek_jax.ops.placement import device_loads, imbalance, place, placement_faults
+from deepseek_jax.sharding.host_rows import fetch, put_whole
 from deepseek_jax.sharding.rules import Rules
 
 LOAD = 'router/load'
@@ -166,13 +166,13 @@ def rebalance(
     if name != SLOTS:
       continue
     tokens = flat[f'{layer}/{TOKENS}']
-    loads, lie = np.asarray(tokens), np.asarray(old)
+    loads, lie = fetch(tokens), fetch(old)
     planned = place(loads, lie.shape[-1], devices, policy.groups, policy.nodes)
     worst = [imbalance(device_loads(loads, slots, devices)) for slots in (lie, planned)]
     better = worst[1] < worst[0]
     before[layer], after[layer] = worst[0], np.where(better, worst[1], worst[0])
-    flat[address] = jax.device_put(np.where(better[..., None], planned, lie), old.sharding)
-    flat[f'{layer}/{TOKENS}'] = jax.device_put(np.zeros_like(loads), tokens.sharding)
+    flat[address] = put_whole(np.where(better[..., None], planned, lie), old.sharding)
+    flat[f'{layer}/{TOKENS}'] = put_whole(np.zeros_like(loads), tokens.sharding)
   return Placed(unflatten(flat), *(_by_layer(worst, segments) for worst in (before, after)))
 
 

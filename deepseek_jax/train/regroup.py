@@ -30,15 +30,17 @@ class Piece:
 
   Attributes:
     address: of the array in the tree.
-    index: entry of its leading axis, or None for all of it.
+    index: entry of its axis of layers, or None for all of it.
     shape: of the piece.
     dtype: of the piece.
+    axis: the axis of layers: the first, but where replicas have arrays [R, ...] of their own.
   """
 
   address: str
   index: int | None
   shape: tuple[int, ...]
   dtype: np.dtype
+  axis: int = 0
 
   def __str__(self) -> str:
     """Such as 'float32[4, 8]'."""
@@ -84,13 +86,15 @@ def pieces(leaves: Mapping[str, Any], segments: Sequence[Segment]) -> dict[str, 
       continue
     head, number, place, rest = match.groups()
     part = segments[int(number)]
+    axis = int(address.startswith('carry/'))
+    each = shape[:axis] + shape[axis + 1 :]
     for repeat in range(part.repeats):
       layer = starts[int(number)] + repeat * len(part.pattern) + int(place)
       name = f'{head}layers/{layer}/{rest}'
       if part.repeats == 1:
         found[name] = Piece(address, None, shape, dtype)
       else:
-        found[name] = Piece(address, repeat, shape[1:], dtype)
+        found[name] = Piece(address, repeat, each, dtype, axis)
   return found
 
 
@@ -157,12 +161,13 @@ def load_pieces(
       if source is None:
         return kept[address] if index is None else kept[address][index]
       array = arrays[source.address]
-      return array if source.index is None else array[source.index]
+      return array if source.index is None else jnp.take(array, source.index, source.axis)
 
     result = {}
     for address, parts in members.items():
       rows = [pick(address, index, source) for index, source in parts]
-      result[address] = rows[0] if parts[0][0] is None else jnp.stack(rows)
+      axis = int(address.startswith('carry/'))
+      result[address] = rows[0] if parts[0][0] is None else jnp.stack(rows, axis)
     return result
 
   shardings = {address: leaf.sharding for address, leaf in wanted.items()}
@@ -196,9 +201,10 @@ def _layout(sharding: NamedSharding, place: Piece, source: Piece) -> NamedShardi
   """The target's layout for a source that may have a leading axis more or less."""
   rank = len(place.shape) + (place.index is not None)
   spec = [*sharding.spec, *(None,) * (rank - len(sharding.spec))]
-  spec = spec[place.index is not None :]
+  if place.index is not None:
+    del spec[place.axis]
   if source.index is not None:
-    spec = [None, *spec]
+    spec.insert(source.axis, None)
   return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 

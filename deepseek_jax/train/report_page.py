@@ -205,6 +205,9 @@ def _throughput(history: History) -> str:
     return markup.paragraph('not measured yet: it takes two logged steps', 'empty')
   headers = ('over the logged steps', 'median', 'lowest', 'highest', 'last')
   note = 'Evaluation, samples and checkpoints are left out of the times.'
+  stages = None if history.experiment is None else history.experiment.stages
+  if stages is not None:
+    note += f' By its schedule, a stage is idle in {stages.bubble_share:.1%} of the ticks.'
   return markup.table(headers, lines, numeric=4) + markup.paragraph(note, 'note')
 
 

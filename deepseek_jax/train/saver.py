@@ -8,7 +8,6 @@ from deepseek_jax.train.checkpoint import Checkpoints
 from deepseek_jax.train.disk import DiskFullError, check_room
 from deepseek_jax.train.display import Display
 from deepseek_jax.train.experiment import Experiment
-from deepseek_jax.train.metrics import JsonLines
 from deepseek_jax.train.state import TrainState
 from deepseek_jax.train.workdir import Workdir
 
@@ -95,7 +94,7 @@ class Saver:
         raise self._explained(error) from error
       # Under a step that a later run will not go back behind, so that it stays in the log.
       row = {'step': self._checkpoints.latest() or 0, 'kind': 'full_disk', 'message': str(error)}
-      JsonLines(self._workdir.faults).append(row)
+      self._workdir.rows(self._workdir.faults).append(row)
       self._display.message(f'warning: {error}; not saved, trying again at the next save')
       return False
 

@@ -31,7 +31,7 @@ class TrainState:
 
 
 def fresh_state(
-  params: Any, buffers: Any, opt_state: Any, ema: Any = (), guard: Any = ()
+  params: Any, buffers: Any, opt_state: Any, ema: Any = (), guard: Any = (), carry: Any = ()
 ) -> TrainState:
   """Returns the state before the first step; its step is [] int32, zero."""
   return TrainState(
@@ -41,4 +41,10 @@ def fresh_state(
     opt_state=opt_state,
     ema=ema,
     guard=guard,
+    carry=carry,
   )
+
+
+def accepted_steps(state: TrainState) -> jax.Array:
+  """Returns how many updates the weights have seen, [] int32: the optimizer's own count."""
+  return state.step - state.guard.skipped if state.guard else state.step

@@ -1,37 +1,38 @@
 """The training step, and everything that is compiled once for a run."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.batch import Batch, Media
-from deepseek_jax.models.decoder import Decoder, init_variables, plan_segments
-from deepseek_jax.models.plan import Segment
-from deepseek_jax.optim.balance import update_buffers
+from deepseek_jax.models.decoder import Decoder, init_variables
+from deepseek_jax.sharding.host_rows import own_rows, put_rows
 from deepseek_jax.sharding.mesh import make_mesh
-from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings, tree_specs
+from deepseek_jax.sharding.rules import check_divisible, logical_axes, tree_shardings
 from deepseek_jax.train.experiment import Experiment
-from deepseek_jax.train.expert_lifecycle import make_lifecycle, split_taps, with_taps
+from deepseek_jax.train.expert_lifecycle import make_lifecycle
+from deepseek_jax.train.gradients import segments_of
 from deepseek_jax.train.guard import fresh_guard, make_settle
+from deepseek_jax.train.layout import state_specs
 from deepseek_jax.train.objective import (
   batch_context,
-  batch_totals,
   evaluation_sums,
-  training_loss,
 )
 from deepseek_jax.train.on_mesh import OnMesh
-from deepseek_jax.train.placement import count_tokens
 from deepseek_jax.train.report import logged_buffers
-from deepseek_jax.train.state import TrainState, fresh_state
+from deepseek_jax.train.state import TrainState, accepted_steps, fresh_state
 from deepseek_jax.train.traced import Traced, traced_values, with_traced
-from deepseek_jax.train.trainable import check_patterns, trainable_part
+from deepseek_jax.train.trainable import check_patterns
+from deepseek_jax.train.update import make_proposal, start_optimizer
 
 Metrics = dict[str, Any]
 
@@ -80,6 +81,16 @@ class Program:
     }
     return dataclasses.replace(batch, media=media, placeholders=ids)
 
+  @functools.cached_property
+  def own_rows(self) -> np.ndarray | None:
+    """Which rows of a batch this host reads; None reads all."""
+    data = self.experiment.data
+    return own_rows(self.batch_sharding, (data.batch_size, data.length))
+
+  def put(self, batch: Batch) -> Batch:
+    """Puts the rows that this host has read of a batch onto the mesh."""
+    return put_rows(batch, self.batch_sharding, self.experiment.data.batch_size, self.own_rows)
+
 
 def build_program(experiment: Experiment, devices: list[jax.Device] | None = None) -> Program:
   """Builds the functions of a run; compiles nothing and makes no array.
@@ -92,9 +103,8 @@ def build_program(experiment: Experiment, devices: list[jax.Device] | None = Non
   if errors:
     raise ConfigError(errors)
   mesh = make_mesh(experiment.mesh, devices)
-  decoder = experiment.model.build(
-    dtype=jnp.dtype(experiment.precision.compute), remat=experiment.remat
-  )
+  dtype = jnp.dtype(experiment.precision.compute)
+  decoder = experiment.model.build(dtype, experiment.remat, experiment.stages)
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   axes = logical_axes(boxed)
   schedule = experiment.schedule.build(experiment.train_steps)
@@ -165,13 +175,15 @@ def make_init(
   def init(key: jax.Array) -> TrainState:
     variables = nn.meta.unbox(init_variables(decoder, key))
     params, buffers = variables['params'], variables['buffers']
+    opt_state, carry = start_optimizer(experiment, optimizer, params)
     return fresh_state(
       params,
       buffers,
-      optimizer.init(params),
+      opt_state,
       # A copy: the step is given the memory of both, and one array cannot be given away twice.
       ema=() if experiment.ema is None else jax.tree.map(jnp.copy, params),
       guard=fresh_guard(experiment.guard, experiment.precision),
+      carry=carry,
     )
 
   return init
@@ -189,28 +201,23 @@ def make_step(
     axes: logical axis names of every parameter.
   """
   factor = experiment.schedule.build(experiment.train_steps)
-  gradients = make_gradients(experiment, decoder)
-  update = make_update(experiment, optimizer)
+  propose = make_proposal(experiment, decoder, optimizer, axes)
   settle = make_settle(experiment.guard, experiment.precision)
   advance = make_lifecycle(experiment, axes)
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
     scale = None if experiment.precision.scaling is None else state.guard.scaling.scale
-    (grads, faults), scalars, observed = gradients(state, batch, scale)
-    if scale is not None:
-      grads = jax.tree.map(lambda grad: grad.astype(jnp.float32) / scale, grads)
-    grads = keep_trainable(experiment, grads)
-    norm = optax.tree.norm(grads)
-    proposed = update(state, grads, observed)
-    settled, report = settle(state, proposed, scalars, norm)
-    settled, events = advance(state, settled, observed, faults)
+    found = propose(state, batch, scale)
+    settled, report = settle(state, found.state, found.scalars, found.norm)
+    settled, events = advance(state, settled, found.observed, found.faults)
     metrics = {
-      **scalars,
-      'grad_norm': norm,
+      **found.scalars,
+      'grad_norm': found.norm,
       'learning_rate': experiment.optimizer.peak_lr * factor(accepted_steps(state)),
       'tokens': jnp.sum(batch.weights),
-      'observed': observed,
+      'observed': found.observed,
       'buffers': logged_buffers(settled.buffers),
+      **found.report,
       **report,
       **events,
     }
@@ -219,142 +226,13 @@ def make_step(
   return step
 
 
-def make_gradients(experiment: Experiment, decoder: Decoder) -> Callable[..., Any]:
-  """Returns the function that differentiates the loss of a batch, microbatch by microbatch.
-
-  Returns:
-    `(state, batch, scale) -> (gradients, scalars, observed)`, summed over microbatches. The
-    gradients are a pair: of the parameters, and of what `split_taps` finds among the buffers.
-  """
-  depth = 0 if experiment.model.mtp is None else experiment.model.mtp.depth
-  mtp_weight = experiment.objective.build(experiment.train_steps)
-
-  def gradients(state: TrainState, batch: Batch, scale: Any) -> tuple[Any, Metrics, Any]:
-    totals = batch_totals(batch, depth)
-    weight = mtp_weight(state.step)
-    noise = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
-
-    def loss(params: Any, taps: Any, part: Batch, key: jax.Array):
-      context = batch_context(part, experiment.rules, state.step, key)
-      variables = {'params': params, 'buffers': with_taps(state.buffers, taps)}
-      chunk = experiment.objective.chunk
-      return training_loss(decoder, variables, part, totals, weight, context, chunk, scale)
-
-    differentiate = jax.grad(loss, argnums=(0, 1), has_aux=True)
-    taps = split_taps(state.buffers)
-    if experiment.microbatches == 1:
-      grads, (scalars, observed) = differentiate(state.params, taps, batch, noise)
-      return grads, scalars, observed
-
-    def accumulate(sums: Any, given: tuple[Batch, jax.Array]):
-      grads, (scalars, observed) = differentiate(state.params, taps, *given)
-      return jax.tree.map(jnp.add, sums, (grads, scalars, observed)), None
-
-    parts = (
-      split_rows(batch, experiment.microbatches),
-      jax.random.split(noise, experiment.microbatches),
-    )
-    first = jax.tree.map(lambda x: x[0], parts)
-    shapes = jax.eval_shape(differentiate, state.params, taps, *first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-    return jax.lax.scan(accumulate, zeros, parts)[0]
-
-  return gradients
-
-
-def make_update(
-  experiment: Experiment, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Any, Any], TrainState]:
-  """Returns `(state, gradients, observed) -> state`: what a step proposes; its `step` is as was."""
-  balance = experiment.balance
-  bias_rate = None if balance is None else balance.build(experiment.train_steps)
-
-  def update(state: TrainState, grads: Any, observed: Any) -> TrainState:
-    with jax.named_scope('optimizer'):
-      updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-      # Weight decay moves what has no gradient.
-      updates = keep_trainable(experiment, updates)
-      params = optax.apply_updates(state.params, updates)
-    buffers, ema = state.buffers, state.ema
-    if balance is not None and bias_rate is not None:
-      buffers = update_buffers(buffers, observed, bias_rate(state.step), balance.direction)
-    if experiment.placement is not None:
-      buffers = count_tokens(buffers, observed)
-    if experiment.ema is not None:
-      ema = experiment.ema.update(ema, params, accepted_steps(state))
-    return dataclasses.replace(state, params=params, buffers=buffers, opt_state=opt_state, ema=ema)
-
-  return update
-
-
-def keep_trainable(experiment: Experiment, tree: Any) -> Any:
-  """Sets to zero what belongs to frozen weights in a tree like the parameters, [...] each."""
-  return trainable_part(experiment.trainable, tree, segments_of(experiment))(tree)
-
-
-def segments_of(experiment: Experiment) -> tuple[Segment, ...]:
-  """Returns the plan of the stack as the run compiles it."""
-  return plan_segments(experiment.model, experiment.remat)
-
-
-def accepted_steps(state: TrainState) -> jax.Array:
-  """Returns how many updates the weights have seen, [] int32: the optimizer's own count."""
-  return state.step - state.guard.skipped if state.guard else state.step
-
-
 def make_evaluate(experiment: Experiment, decoder: Decoder) -> Callable[..., Metrics]:
   """Returns the pure evaluation of one batch [B, T]: summed nats and targets."""
 
   def evaluate(params: Any, buffers: Any, batch: Batch) -> Metrics:
-    context = batch_context(batch, experiment.rules)
+    parallel = experiment.context_parallel
+    context = batch_context(batch, experiment.rules, parallel=parallel)
     variables = {'params': params, 'buffers': buffers}
     return evaluation_sums(decoder, variables, batch, context, experiment.objective.chunk)
 
   return evaluate
-
-
-def split_rows(batch: Batch, parts: int) -> Batch:
-  """Cuts [B, T] into [parts, B / parts, T], every part with rows of every device.
-
-  Neighbouring rows lie on one device: taking every parts-th row moves nothing between devices.
-  """
-  return jax.tree.map(
-    lambda x: jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1), batch
-  )
-
-
-def state_specs(experiment: Experiment, shapes: TrainState, axes: dict[str, Any]) -> TrainState:
-  """Returns the partition spec of every array of the state.
-
-  An array of the optimizer that lies at a parameter's address has the parameter's layout.
-  """
-  params = tree_specs(experiment.rules, axes['params'])
-  buffers = tree_specs(experiment.rules, axes['buffers'])
-  table = {
-    _names(path): spec
-    for path, spec in jax.tree_util.tree_leaves_with_path(
-      params, is_leaf=lambda x: isinstance(x, PartitionSpec)
-    )
-  }
-
-  def optimizer_spec(path, leaf):
-    names = _names(path)
-    for start in range(len(names)):
-      spec = table.get(names[start:])
-      if spec is not None and len(spec) == leaf.ndim:
-        return spec
-    return PartitionSpec()
-
-  return TrainState(
-    step=PartitionSpec(),  # type: ignore[arg-type]
-    params=params,
-    buffers=buffers,
-    opt_state=jax.tree_util.tree_map_with_path(optimizer_spec, shapes.opt_state),
-    ema=params if jax.tree.leaves(shapes.ema) else (),
-    guard=jax.tree.map(lambda _: PartitionSpec(), shapes.guard),
-    carry=jax.tree.map(lambda _: PartitionSpec(), shapes.carry),
-  )
-
-
-def _names(path: Any) -> tuple[str, ...]:
-  return tuple(str(getattr(key, 'key', getattr(key, 'name', key))) for key in path)

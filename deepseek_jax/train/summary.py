@@ -24,7 +24,6 @@ from deepseek_jax.models.decoder import Family, plan_segments
 from deepseek_jax.models.encoder import encoder_segments
 from deepseek_jax.models.multimodal import Multimodal
 from deepseek_jax.models.plan import Block, Segment
-from deepseek_jax.models.remat import Remat
 from deepseek_jax.sharding.rules import shard_count
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.step import Program
@@ -35,7 +34,8 @@ def describe_plan(segments: Sequence[Segment]) -> str:
   rows, start = [], 0
   for part in segments:
     kinds = ' | '.join(map(_kinds_of, part.pattern))
-    rows.append((f'{start}–{start + part.layers - 1}', f'×{part.repeats}', kinds))
+    scan = f'×{part.repeats} over stages' if part.axis == 'stage' else f'×{part.repeats}'
+    rows.append((f'{start}–{start + part.layers - 1}', scan, kinds))
     start += part.layers
   return table(rows, ('layers', 'scan', 'blocks'))
 
@@ -46,9 +46,9 @@ def _kinds_of(block: Block) -> str:
   return kinds if isinstance(block.residual, Add) else f'{kinds} in {block.residual!r}'
 
 
-def describe_layers(model: Family, remat: Remat | None = None) -> str:
-  """Returns the plan of a model; that of its encoder comes first."""
-  plan = describe_plan(plan_segments(model, remat))
+def describe_layers(model: Family, segments: Sequence[Segment] | None = None) -> str:
+  """Returns the plan of a model, or the given one of it; that of its encoder comes first."""
+  plan = describe_plan(segments or plan_segments(model))
   if not isinstance(model, Multimodal):
     return plan
   parts = [
@@ -57,6 +57,23 @@ def describe_layers(model: Family, remat: Remat | None = None) -> str:
     if kind != 'tile'
   ]
   return '\n\n'.join([*parts, f'decoder\n{plan}'])
+
+
+def describe_stages(experiment: Experiment) -> str:
+  """Returns what lies on each stage of a pipeline, and how long the stages are idle."""
+  stages, model = experiment.stages, experiment.model
+  if stages is None:
+    return 'no pipeline'
+  staged = sum(part.layers for part in experiment.segments if part.axis == 'stage')
+  rest = len(model.layers()) - staged
+  rows = [
+    ('stages', f'{stages.count}, {staged // stages.count} layers each'),
+    ('layers on every stage', str(rest)),
+    ('microbatches', str(stages.schedule.microbatches)),
+    ('ticks of a forward pass', str(stages.ticks)),
+    ('of them idle (the bubble)', f'{stages.bubble_share:.1%}'),
+  ]
+  return table(rows, (f'pipeline {type(stages.schedule).__name__}', ''))
 
 
 def describe_parameters(weights: Sequence[Weight]) -> str:
@@ -174,15 +191,17 @@ def describe_batch(batch: Batch) -> str:
 def experiment_weights(program: Program) -> list[Weight]:
   """Returns the parameters [...] of a run's model with their axes."""
   experiment = program.experiment
-  return weights_of(experiment.model, program.abstract_state.params, program.axes, experiment.remat)
+  segments = experiment.segments
+  return weights_of(experiment.model, program.abstract_state.params, program.axes, segments)
 
 
 def describe_program(program: Program) -> str:
   """Returns plan, parameters and cost of a run."""
-  weights = experiment_weights(program)
+  weights, experiment = experiment_weights(program), program.experiment
   return '\n\n'.join(
     (
-      describe_layers(program.experiment.model, program.experiment.remat),
+      describe_layers(experiment.model, experiment.segments),
+      *([] if experiment.stages is None else [describe_stages(experiment)]),
       describe_parameters(weights),
       describe_cost(program.experiment, weights),
     )

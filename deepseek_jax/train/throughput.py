@@ -79,6 +79,11 @@ class Clock:
       self._paused_seconds += self._now() - start
 
   @property
+  def last_seconds(self) -> float | None:
+    """Seconds of the step that was finished last; None before two steps are finished."""
+    return self._intervals[-1] if self._intervals else None
+
+  @property
   def step_seconds(self) -> float | None:
     """Median seconds of a finished step; None before two steps are finished."""
     return statistics.median(self._intervals) if self._intervals else None

@@ -9,7 +9,9 @@ from typing import Any
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import Fastest
 from deepseek_jax.core.serialise import Change, difference, from_json, to_json, to_module
+from deepseek_jax.train.display import Display
 from deepseek_jax.train.experiment import Experiment
+from deepseek_jax.train.metrics import DisplayOnly, JsonLines, MetricWriter, NoRows
 
 FATAL = ('model', 'data', 'seed', 'optimizer', 'init_from')
 """Parts of an experiment that a run in progress cannot change: its state would not fit, or its
@@ -61,6 +63,18 @@ class Workdir:
     """How even the devices' loads were and became when experts were placed, one JSON a line."""
     return self.path / 'placements.jsonl'
 
+  def log(self, index: int) -> pathlib.Path:
+    """What process `index` of several has to say."""
+    return self.path / 'logs' / f'process_{index}.log'
+
+  def rows(self, path: pathlib.Path) -> JsonLines:
+    """Returns one of the logs above, to be written."""
+    return JsonLines(path)
+
+  def writer(self, display: Display) -> MetricWriter:
+    """Returns what writes a step's numbers."""
+    return MetricWriter(self.path, display)
+
   @property
   def trained(self) -> bool:
     """Whether a step was logged or a checkpoint saved here."""
@@ -106,6 +120,18 @@ class Workdir:
       _replace(self.path / 'config.py', to_module(experiment))
     except OSError as error:
       raise ConfigError(f'workdir {self.path}: {error.strerror}') from error
+
+
+class Follower(Workdir):
+  """The same folder for the second and every further process: the first writes for all."""
+
+  def rows(self, path: pathlib.Path) -> JsonLines:
+    """Returns a log that nothing comes to."""
+    return NoRows(path)
+
+  def writer(self, display: Display) -> MetricWriter:
+    """Returns what shows a step's numbers, and writes none."""
+    return DisplayOnly(self.path, display)
 
 
 def compare(old: Experiment, new: Experiment) -> list[Change]:

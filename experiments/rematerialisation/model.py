@@ -12,7 +12,7 @@ from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
-from deepseek_jax.models.remat import Remat
+from deepseek_jax.models.remat import Compressed, EveryLayer, Remat, Save, SquareRoot
 from deepseek_jax.optim.balance import SignBias
 from deepseek_jax.optim.optimizer import AdamW
 from deepseek_jax.optim.schedule import WarmupStableDecay
@@ -24,7 +24,7 @@ from deepseek_jax.train.step import Program
 
 def experiment(
   depth: int,
-  remat: Remat | None,
+  remat: EveryLayer | SquareRoot | Save | Compressed | None,
   rows: int,
   *,
   microbatches: int = 1,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.infer import decode
 from deepseek_jax.infer.decode import (
   choose,
   fresh_caches,
@@ -97,6 +98,28 @@ def test_prefill_in_chunks(make_model, kind, chunk):
   logits, _ = jit_decode_step(decoder, variables, caches, following, lengths)
   assert_close(logits[0], expected[0, 2])
   assert_close(logits[2], expected[2, 9])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_a_token_with_padding_beside_it(make_model, kind, monkeypatch):
+  """What a lone bfloat16 row is fed as on a CPU: the padding leaves no trace."""
+  decoder, variables = make_model(kind)
+  monkeypatch.setattr(decode, 'alone_is_slow', lambda *_: True)
+  tokens = tokens_of(1)
+  expected = full(decoder, variables, tokens)
+  step = jax.jit(lambda *arguments: decode.decode_step(decoder, variables, *arguments))
+  caches = fresh_caches(decoder, 1, LENGTH)
+  for place in range(LENGTH):
+    logits, caches = step(caches, tokens[:, place], np.array([place], np.int32))
+    assert_close(logits, expected[:, place])
+
+
+def test_which_rows_are_slow_alone(make_model):
+  """One row, bfloat16, CPU."""
+  low, full_precision = make_model(dtype='bfloat16')[0], make_model()[0]
+  assert decode.alone_is_slow(low, 1)
+  assert not decode.alone_is_slow(low, 2)
+  assert not decode.alone_is_slow(full_precision, 1)
 
 
 def test_window_cache_is_shorter_than_the_text(make_model):

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 from flax import linen as nn
 
-from configs import tiny_v4
+from configs import tiny_mla, tiny_v4
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.override import override
 from deepseek_jax.data.tokenizer import Bytes
@@ -22,6 +22,9 @@ from deepseek_jax.infer.speculate import Acceptance, Speculate, SpeculativeStrea
 from deepseek_jax.layers.attention.latent import MLA
 from deepseek_jax.layers.context import text_context
 from deepseek_jax.layers.feed_forward import SwiGLU
+from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
+from deepseek_jax.layers.moe.dispatch.capacity import Capacity
+from deepseek_jax.layers.moe.router.balanced import Balanced
 from deepseek_jax.models.deepseek_v3 import DeepSeekV3
 from deepseek_jax.models.mtp import MTP
 from deepseek_jax.ops import sampling
@@ -303,6 +306,23 @@ def test_what_cannot_draft_is_refused(make_model, drafting_model):
   with pytest.raises(ConfigError) as caught:
     SpeculativeStream(*drafting_model('mla-2'), [[], [99]], max_new_tokens=0, seed=-1)
   assert len(caught.value.messages) == 4
+
+
+@pytest.mark.parametrize(
+  ('changes', 'what'),
+  [
+    ({'router': Balanced()}, 'router Balanced deals'),
+    ({'dispatch': Capacity()}, 'dispatch Capacity drops'),
+    ({'dispatch': AllToAll(bound=1.5)}, r'dispatch AllToAll\(bound=1.5\) drops'),
+  ],
+)
+def test_what_looks_at_the_whole_batch_is_refused(changes, what):
+  """A draft that does not stand would change what the tokens beside it get."""
+  named = {f'model.feed_forward.{name}': value for name, value in changes.items()}
+  decoder = override(tiny_mla.get_config(), named)[0].model.build()
+  with pytest.raises(ConfigError, match=rf'layer 1.*mtp 0: {what}'):
+    drafting.drafts_of(decoder)
+  assert drafting.drafts_of(tiny_mla.get_config().model.build()) == 1
 
 
 def test_counts_of_acceptance():

@@ -51,7 +51,7 @@ def count(model, remat=None):
   decoder = model.build(remat=remat)
   boxed = jax.eval_shape(lambda key: init_variables(decoder, key), jax.random.key(0))
   params = nn.meta.unbox(boxed)['params']
-  return weights_of(model, params, logical_axes(boxed)['params'], remat)
+  return weights_of(model, params, logical_axes(boxed)['params'], decoder.segments)
 
 
 @pytest.fixture(scope='module')

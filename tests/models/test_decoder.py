@@ -7,13 +7,13 @@ import pytest
 
 from deepseek_jax.layers.attention.gated import Gated
 from deepseek_jax.layers.attention.window import Window
+from deepseek_jax.layers.context import shift_left
 from deepseek_jax.layers.weights import Labelled
 from deepseek_jax.models.decoder import (
   canonical,
   grouped,
   init_variables,
   plan_segments,
-  shift_left,
 )
 from deepseek_jax.models.mtp import MTP
 from deepseek_jax.models.plan import Segment

@@ -13,11 +13,11 @@ from deepseek_jax.layers.attention.csa import CSA
 from deepseek_jax.layers.attention.hca import HCA
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shared_window import SharedWindow
-from deepseek_jax.layers.context import text_context
+from deepseek_jax.layers.context import shift_left, text_context
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.hyper_connections import HyperConnections
 from deepseek_jax.layers.residual import Add
-from deepseek_jax.models.decoder import grouped, plan_segments, shift_left
+from deepseek_jax.models.decoder import grouped, plan_segments
 from deepseek_jax.models.deepseek_v4 import DeepSeekV4
 from deepseek_jax.models.mtp import MTP, LaneMTP
 from deepseek_jax.models.stack import TransformerBlock

@@ -171,8 +171,9 @@ def test_few_choices(case):
   np.testing.assert_allclose(got, experts_oracle(*arguments), rtol=1e-5, atol=1e-5)
 
 
-def test_bfloat16():
-  *arguments, _ = inputs('37_tokens', jnp.bfloat16)
+@pytest.mark.parametrize('case', ['37_tokens', 'few_choices', 'few_choices_nobody'])
+def test_bfloat16(case):
+  *arguments, _ = inputs(case, jnp.bfloat16)
   got = jax.jit(apply_experts)(*arguments)
   assert got.dtype == jnp.bfloat16
   want = experts_oracle(*arguments)

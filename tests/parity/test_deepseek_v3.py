@@ -20,10 +20,10 @@ from deepseek_jax.convert.names import names_of
 from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.context import text_context
+from deepseek_jax.layers.context import shift_left, text_context
 from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.sigmoid import SigmoidRouter
-from deepseek_jax.models.decoder import canonical, grouped, plan_segments, shift_left
+from deepseek_jax.models.decoder import canonical, grouped, plan_segments
 from deepseek_jax.models.stack import TransformerBlock
 from deepseek_jax.train.objective import batch_totals, training_loss
 

@@ -25,8 +25,8 @@ from deepseek_jax.hub import from_pretrained
 from deepseek_jax.hub.pretrained import regrouped, segments_of
 from deepseek_jax.infer.generate import generate
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.context import text_context
-from deepseek_jax.models.decoder import canonical, plan_segments, shift_left
+from deepseek_jax.layers.context import shift_left, text_context
+from deepseek_jax.models.decoder import canonical, plan_segments
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
 from deepseek_jax.train.objective import batch_totals, training_loss

@@ -16,11 +16,12 @@ from deepseek_jax.train.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 README = (ROOT / 'README.md').read_text()
+GENERATION = (ROOT / 'docs' / 'generation.md').read_text()
 
 
-def blocks(language: str) -> list[str]:
+def blocks(language: str, page: str = README) -> list[str]:
   """The fenced blocks of one language."""
-  return re.findall(rf'```{language}\n(.*?)```', README, flags=re.DOTALL)
+  return re.findall(rf'```{language}\n(.*?)```', page, flags=re.DOTALL)
 
 
 def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
@@ -33,7 +34,6 @@ def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
     tiny_mla.get_config(),
     {
       'model.depth': 2,
-      'model.mtp': None,
       'data.source': TextFiles(str(tmp_path / 'text.txt')),
       'data.length': 32,
       'train_steps': 10,
@@ -57,6 +57,25 @@ def test_the_lines_of_python_run(tmp_path, cache_dir, monkeypatch):
   exec(published.replace("'tests/", f"'{ROOT}/tests/"), names)
   assert names['model'].logits(names['rows']).shape == (3, 7, 96)
   assert names['gated'].fresh
+  check_generation(str(workdir.path), tmp_path)
+
+
+def check_generation(run: str, tmp_path: pathlib.Path) -> None:
+  """Runs the page on generation, as one program."""
+  places = {'runs/quickstart': run, 'runs/exported': str(tmp_path / 'exported')}
+  code = ''.join(blocks('python', GENERATION))
+  for said, place in places.items():
+    assert said in code
+    code = code.replace(said, place)
+  names: dict = {}
+  exec(code, names)
+  assert names['text']
+  assert len(names['several']) == 3
+  assert len(names['ids'][0]) <= 4
+  assert names['chat'].messages[0]['role'] == 'system'
+  assert len(names['chat'].messages) == 5
+  assert names['names']
+  assert (tmp_path / 'exported' / 'config.json').is_file()
 
 
 def test_the_swaps_are_valid():

@@ -10,7 +10,7 @@ from configs import tiny_dsa, tiny_gated, tiny_mla, tiny_window
 from deepseek_jax.core.tree import flatten
 from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
-from deepseek_jax.sharding.presets import EXPERT, FSDP, TENSOR
+from deepseek_jax.sharding.presets import CONTEXT, EXPERT, FSDP, TENSOR
 from deepseek_jax.sharding.rules import (
   check_divisible,
   logical_axes,
@@ -21,13 +21,14 @@ from deepseek_jax.sharding.rules import (
 from deepseek_jax.train.step import build_program
 
 CONFIGS = {'mla': tiny_mla, 'window': tiny_window, 'gated': tiny_gated, 'dsa': tiny_dsa}
-PRESETS = {'fsdp': FSDP, 'tensor': TENSOR, 'expert': EXPERT}
+PRESETS = {'fsdp': FSDP, 'tensor': TENSOR, 'expert': EXPERT, 'context': CONTEXT}
 MESHES = {
   'data': MeshConfig(),
   'model': MeshConfig(data=2, model=4),
   'expert': MeshConfig(data=2, expert=4),
   'replica': MeshConfig(replica=2, data=2, model=2),
   'four': MeshConfig(seq=2, expert=2, model=2),
+  'seq': MeshConfig(data=2, seq=4),
 }
 
 

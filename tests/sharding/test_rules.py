@@ -198,3 +198,10 @@ def test_presets_cut_what_they_say(preset):
 def test_presets_are_frozen_and_hashable():
   """Rules are static arguments of jitted functions."""
   assert len({FSDP, TENSOR, EXPERT, dataclasses.replace(FSDP)}) == 3
+
+
+def test_an_axis_that_is_dealt_with():
+  """Nothing lies along it any more; the rest stays."""
+  rules = Rules(batch=('replica', 'data'), seq=('replica',), embed=('data',))
+  assert rules.without('replica') == Rules(batch=('data',), embed=('data',))
+  assert rules.without('model') == rules

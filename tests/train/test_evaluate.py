@@ -95,8 +95,12 @@ class Recorder:
   def __init__(self, rows):
     """Takes the rows of a batch."""
     self.experiment = types.SimpleNamespace(data=types.SimpleNamespace(batch_size=rows))
-    self.batch_sharding = jax.devices()[0]
+    self.own_rows = None
     self.seen = []
+
+  def put(self, batch):
+    """Sends rows to the device."""
+    return jax.device_put(batch, jax.devices()[0])
 
   def evaluate(self, params, buffers, batch):
     """Sums the tokens' numbers."""

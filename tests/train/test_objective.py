@@ -17,8 +17,8 @@ from deepseek_jax.models.mtp import MTP
 from deepseek_jax.optim.schedule import MultiStep
 from deepseek_jax.sharding.rules import Rules
 from deepseek_jax.train import objective
+from deepseek_jax.train.gradients import split_rows
 from deepseek_jax.train.objective import NextToken
-from deepseek_jax.train.step import split_rows
 
 ROWS, LENGTH, VOCAB, DEPTH, CHUNK = 4, 12, 264, 2, 5
 

@@ -19,8 +19,9 @@ from deepseek_jax.optim.optimizer import Muon
 from deepseek_jax.optim.schedule import Constant, MultiStep, WarmupStableDecay
 from deepseek_jax.sharding.mesh import MeshConfig
 from deepseek_jax.sharding.presets import TENSOR
+from deepseek_jax.train.gradients import split_rows
 from deepseek_jax.train.objective import NextToken, batch_context
-from deepseek_jax.train.step import build_program, split_rows
+from deepseek_jax.train.step import build_program
 
 ROWS, LENGTH, RATE = 4, 16, 0.05
 FIRST_STEP_ONLY = MultiStep(warmup_steps=0, boundaries=(0.25,), factor=0.0)

@@ -321,7 +321,7 @@ class MediaData(Prepared[MediaCorpus, MediaSplit]):
     """What was left out of all sources, and why."""
     return tuple(fault for source in self.train.sources for fault in source.records.faults)
 
-  def train_batches(self, step: int, rows: slice | None = None) -> Iterator[Batch]:
+  def train_batches(self, step: int, rows: slice | np.ndarray | None = None) -> Iterator[Batch]:
     """Endless batches of the training split from a step on; see `train_batches`."""
     return train_batches(
       self.train,

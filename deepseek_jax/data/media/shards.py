@@ -82,7 +82,8 @@ class TarShards:
 
   def items(self) -> tuple[list[Item], list[Fault]]:
     """Samples with a caption, and what is left out."""
-    items, faults = [], []
+    items: list[Item] = []
+    faults: list[Fault] = []
     for path in matching(self.pattern, ('.tar',), 'TarShards.pattern'):
       samples: dict[str, dict[str, tuple[int, int]]] = {}
       for key, ending, start, size in self._members(path, faults):
@@ -242,7 +243,8 @@ class ParquetFiles:
     import pyarrow
     import pyarrow.parquet
 
-    items, faults = [], []
+    items: list[Item] = []
+    faults: list[Fault] = []
     for path in matching(self.pattern, ('.parquet',), 'ParquetFiles.pattern'):
       try:
         table = pyarrow.parquet.ParquetFile(path)

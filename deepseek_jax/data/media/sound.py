@@ -1,7 +1,7 @@
 """Tones, chords, runs and rhythms of instrument-like timbres, and what is played."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Timbre(NamedTuple):
   vibrato: float = 0.0
 
 
-def _harmonics(count: int, power: float, step: int = 1) -> dict[str, tuple[float, ...]]:
+def _harmonics(count: int, power: float, step: int = 1) -> dict[str, Any]:
   ratios = tuple(float(k) for k in range(1, count + 1, step))
   return {'ratios': ratios, 'levels': tuple(k**-power for k in ratios)}
 
@@ -65,7 +65,7 @@ class Score(NamedTuple):
     pitch: number of the note or the root in `PITCHES`; 0 for a rhythm.
     octave: one of `OCTAVES`.
     detail: quality of a chord, direction of a run, speed of a rhythm; '' for a tone.
-    count: notes of a run, beats of a rhythm; 1 otherwise.
+    notes: of a run, beats of a rhythm; 1 otherwise.
   """
 
   kind: str
@@ -73,7 +73,7 @@ class Score(NamedTuple):
   pitch: int
   octave: int
   detail: str
-  count: int
+  notes: int
 
   @property
   def caption(self) -> str:
@@ -85,8 +85,8 @@ class Score(NamedTuple):
       case 'chord':
         return f'{name} plays a chord of {note} {self.detail}'
       case 'run':
-        return f'{name} plays {NUMBERS[self.count]} {self.detail} notes from {note}'
-    return f'{name} plays {NUMBERS[self.count]} {self.detail} beats'
+        return f'{name} plays {NUMBERS[self.notes]} {self.detail} notes from {note}'
+    return f'{name} plays {NUMBERS[self.notes]} {self.detail} beats'
 
   @property
   def keywords(self) -> list[str]:
@@ -94,7 +94,7 @@ class Score(NamedTuple):
     words = [self.instrument, self.detail]
     words.append('' if self.kind == 'rhythm' else PITCHES[self.pitch])
     words.append(f'octave {self.octave}' if self.kind == 'tone' else '')
-    words.append(NUMBERS[self.count] if self.count > 1 else '')
+    words.append(NUMBERS[self.notes] if self.notes > 1 else '')
     return [word for word in words if word]
 
 
@@ -190,8 +190,8 @@ def notes(score: Score) -> list[tuple[float, int]]:
     case 'run':
       sign = 1 if score.detail == 'rising' else -1
       steps = (0, 2, 4, 5, 7) if sign > 0 else (0, -1, -3, -5, -7)
-      return [(0.18 * i, root + step) for i, step in enumerate(steps[: score.count])]
-  return [(SPACING[score.detail] * i, 0) for i in range(score.count)]
+      return [(0.18 * i, root + step) for i, step in enumerate(steps[: score.notes])]
+  return [(SPACING[score.detail] * i, 0) for i in range(score.notes)]
 
 
 def tone(

@@ -9,6 +9,13 @@ from jax import lax
 
 from deepseek_jax.layers.attention.latent import Latent, LatentAttention, Queries, expand_latents
 from deepseek_jax.layers.attention.shards import attend_chosen_sharded
+from deepseek_jax.layers.attention.spread import (
+  Whole,
+  key_facts,
+  query_facts,
+  seen_of,
+  with_all_keys,
+)
 from deepseek_jax.layers.context import Context
 from deepseek_jax.ops.attention.blocks import Extras
 from deepseek_jax.ops.attention.gathered import KeySets
@@ -69,25 +76,43 @@ class ChosenAttention(LatentAttention):
     """
     c, dtype = self.config, matrices[0].dtype
     key = (key[0].astype(dtype), key[1].astype(dtype))
-    attend = functools.partial(
-      attend_chosen_sharded,
-      rules=context.rules,
-      scale=c.softmax_scale,
-      extras=Extras(key_bias=bias),
-      mass=mass,
-    )
-    tokens, keys = query.source.shape[1], key[0].shape[1]
-    form = _expanded if chosen.block > 1 and keys <= EXPANDED else _absorbed
-    found, first = [], 0
-    for indices in chosen.indices:
-      last = min(first + indices.shape[1] * chosen.block, tokens)
-      rows = slice(first, last)
-      seen = None if chosen.seen is None else chosen.seen.at(rows)
-      sets = KeySets(indices, chosen.block, seen)
-      found.append(form(c, query.rows(rows), key, matrices, sets, attend))
-      first = last
-    y = jnp.concatenate([y for y, _ in found], axis=1)
-    return y, found[0][1] if mass else None
+    seen = chosen.seen
+    # Where devices share the row, latents are what travels.
+    own = query.source, query.positions, chosen.indices, None if seen is None else query_facts(seen)
+    keys = key, bias, None if seen is None else key_facts(seen)
+
+    def mix(own, keys, whole):
+      source, positions, indices, facts = own
+      key, bias, facts_of_keys = keys
+      matrix, matrices = whole.weights
+      query = Queries(source, matrix, positions)
+      seen = None if facts is None else seen_of(facts, facts_of_keys)
+      attend = functools.partial(
+        attend_chosen_sharded,
+        rules=context.rules,
+        scale=c.softmax_scale,
+        extras=Extras(key_bias=bias),
+        mass=mass,
+      )
+      return _mix_parts(c, query, key, matrices, Chosen(indices, chosen.block, seen), attend)
+
+    return with_all_keys(mix, own, keys, Whole((query.matrix, matrices)), context)
+
+
+def _mix_parts(c: Latent, query: Queries, key, matrices, chosen: Chosen, attend):
+  """What `mix_chosen` returns, part by part of the chosen keys."""
+  tokens, keys = query.source.shape[1], key[0].shape[1]
+  # Devices that share the row each have fewer queries than there are keys to make.
+  form = _expanded if chosen.block > 1 and keys <= min(tokens, EXPANDED) else _absorbed
+  found, first = [], 0
+  for indices in chosen.indices:
+    last = min(first + indices.shape[1] * chosen.block, tokens)
+    rows = slice(first, last)
+    seen = None if chosen.seen is None else chosen.seen.at(rows)
+    sets = KeySets(indices, chosen.block, seen)
+    found.append(form(c, query.rows(rows), key, matrices, sets, attend))
+    first = last
+  return jnp.concatenate([y for y, _ in found], axis=1), found[0][1]
 
 
 def _expanded(c: Latent, query: Queries, key, matrices, sets: KeySets, attend):

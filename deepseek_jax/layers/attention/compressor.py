@@ -1,6 +1,7 @@
 """Turns the tokens of each block into one entry, also where they come one after the other."""
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 import flax.linen as nn
@@ -11,11 +12,14 @@ from flax import struct
 
 from deepseek_jax.layers.attention import ring
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.spread import Whole, over_sequence
 from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import vector, weight
 from deepseek_jax.ops.attention.compressed import Keys, compress
+from deepseek_jax.ops.attention.neighbours import with_tokens_before
+from deepseek_jax.ops.attention.ring import Facts
 
 
 @struct.dataclass
@@ -108,10 +112,11 @@ class Compressor(nn.Module):
     gates += bias[context.positions % self.ratio]
     positions, segments = context.positions, context.segments
     pool = functools.partial(compress, ratio=self.ratio, overlap=self.blocks == 2)
-    if past is None:
-      entries = pool(values, gates, positions, segments)
-      return entries._replace(rows=self._finish(entries).astype(x.dtype)), None
     earlier = self.blocks * self.ratio - 1
+    if past is None:
+      facts = Facts(positions, segments)
+      entries = pool_spread(pool, (values, gates), facts, earlier, context)
+      return entries._replace(rows=self._finish(entries).astype(x.dtype)), None
     old_values, before = ring.before(past.values, positions, earlier)
     old_gates, _ = ring.before(past.gates, positions, earlier)
     made = pool(
@@ -150,3 +155,34 @@ class Compressor(nn.Module):
     if self.stored is not None and self.role == 'index':
       rows = self.stored.round_index(rows)
     return rows
+
+
+def pool_spread(
+  pool: Callable[..., Keys],
+  tokens: tuple[jax.Array, jax.Array],
+  facts: Facts,
+  earlier: int,
+  context: Context,
+) -> Keys:
+  """Pools the blocks that end on each device, to which the tokens come that these begin with.
+
+  Args:
+    pool: `compress` of values, gates, positions and segments.
+    tokens: values and gates [B, T, C or 2C].
+    facts: of the tokens.
+    earlier: tokens before its last that an entry may be made of.
+    context: says how devices share the row.
+
+  Returns:
+    Entries [B, N, C] of all devices, one after the other.
+  """
+  axes = context.sequence_axes
+  if not axes:
+    return pool(*tokens, *facts)
+
+  def own(tokens, facts, whole):
+    del whole
+    tokens, facts = with_tokens_before(tokens, facts, earlier, axes)
+    return pool(*tokens, *facts, first=earlier)
+
+  return over_sequence(own, context, axes)(tokens, facts, Whole())

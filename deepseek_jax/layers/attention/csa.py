@@ -27,7 +27,10 @@ from deepseek_jax.layers.attention.shared_window import (
   Shared,
   SharedAttention,
   one_sequence,
+  own_axes,
+  with_window,
 )
+from deepseek_jax.layers.attention.spread import Whole, choose_spread, with_all_keys
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.attention.blocks import Extras
@@ -133,7 +136,7 @@ class CSAttention(SharedAttention):
     heads, mass = self.attend_chosen(query, context, tokens, entries, indices, sinks, learning)
     if mass is not None:
       with jax.named_scope('divergence'):
-        gap = selected_divergence(*scorer, KeySets(indices), mass)
+        gap = index_gap(scorer, indices, mass, context)
       add_indexer_loss(self, gap, context, self.config.index_loss)
     y = self.project(heads, x.shape[-1])
     if recent is None or past is None or index is None:
@@ -173,19 +176,26 @@ class CSAttention(SharedAttention):
       [B, T, H, C], turned back to position 0; and the attention to the entries of `indices`, summed
       over heads, [B, T, k] float32, or None.
     """
-    c = self.config
-    near = window_slots(context.positions, context.segments, tokens, c.window)
-    far = jnp.where(indices >= 0, indices + tokens.rows.shape[1], -1)
-    found = attend_chosen_sharded(
-      query,
-      jnp.concatenate([tokens.rows, entries.rows], axis=1),
-      c.head_dim,
-      KeySets(jnp.concatenate([near, far], axis=-1)),
-      context.rules,
-      scale=c.head_dim**-0.5,
-      extras=Extras(sinks=sinks),
-      mass=mass,
-    )
+    c, axes = self.config, own_axes(tokens, context)
+
+    def mix(own, entries, whole):
+      query, positions, segments, tokens, indices = own
+      tokens = with_window(tokens, c.window, axes)
+      near = window_slots(positions, segments, tokens, c.window)
+      far = jnp.where(indices >= 0, indices + tokens.rows.shape[1], -1)
+      return attend_chosen_sharded(
+        query,
+        jnp.concatenate([tokens.rows, entries], axis=1),
+        c.head_dim,
+        KeySets(jnp.concatenate([near, far], axis=-1)),
+        context.rules,
+        scale=c.head_dim**-0.5,
+        extras=Extras(sinks=whole.weights),
+        mass=mass,
+      )
+
+    own = query, context.positions, context.segments, tokens, indices
+    found = with_all_keys(mix, own, entries.rows, Whole(sinks), context, axes)
     weights = None if found.mass is None else found.mass[..., c.window :]
     return self.turn_back(found.out, context), weights
 
@@ -215,4 +225,31 @@ class CSAttention(SharedAttention):
     seen = Seen(context.positions, keys.positions, context.segments, keys.segments)
     most = min(c.top_k, keys.rows.shape[1])
     scorer = Index(query, keys.rows, weights)
-    return select_top_k(*scorer, seen, most), scorer, after
+    if past is not None:
+      return select_top_k(*scorer, seen, most), scorer, after
+
+    def select(queries, key, seen, ordered):
+      del ordered
+      return select_top_k(queries[0], key, queries[1], seen, most)
+
+    chosen = choose_spread(select, (query, weights), keys.rows, seen, context)
+    return chosen, scorer, after
+
+
+def index_gap(scorer: Index, indices: jax.Array, mass: jax.Array, context: Context) -> jax.Array:
+  """Returns the indexer's KL of every query over the entries it attends to, [B, T] float32.
+
+  Args:
+    scorer: what entries were chosen by.
+    indices: [B, T, k] int32 entries of each query.
+    mass: [B, T, k] attention to them.
+    context: facts about the T tokens.
+  """
+
+  def gap(own, key, whole):
+    del whole
+    query, weights, indices, mass = own
+    return selected_divergence(query, key, weights, KeySets(indices), mass)
+
+  own = scorer.query, scorer.weights, indices, mass
+  return with_all_keys(gap, own, scorer.key, Whole(), context)

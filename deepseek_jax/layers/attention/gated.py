@@ -11,14 +11,16 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.chosen import Chosen, ChosenAttention
-from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.interface import Cache, block_faults
 from deepseek_jax.layers.attention.latent import (
   LATENT_CACHE_AXES,
   Latent,
   LatentCache,
   empty_latent_cache,
 )
+from deepseek_jax.layers.attention.spread import choose_spread
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.attention import block_sets
 from deepseek_jax.ops.attention.reference import Seen, kept_counts
@@ -134,6 +136,10 @@ class Gated(Latent):
     past = np.maximum(place // self.block * self.block - self.window, 0)
     return float(np.mean(self.keep.counts(length)[past] + place + 1 - past))
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns what is wrong with devices that have so many tokens of a row each, as messages."""
+    return block_faults(self.block, tokens, order, 'block')
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'GatedCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     del spare  # See MLA.
@@ -172,7 +178,7 @@ class GatedAttention(ChosenAttention):
     positions = context.positions
     if cache is None:
       seen = context.own()
-      chosen = Chosen(self.choose(gate, seen), c.block, seen)
+      chosen = Chosen(self.choose(gate, seen, context), c.block, seen)
     else:
       slots = context.slots(cache.gate.shape[1])
       tokens = cache.tokens.write(slots, *key, positions)
@@ -186,20 +192,27 @@ class GatedAttention(ChosenAttention):
     y, _ = self.mix_chosen(query, key, matrices, chosen, context, bias)
     return y, cache
 
-  def choose(self, gate: jax.Array, seen: Seen) -> tuple[jax.Array, ...]:
+  def choose(self, gate: jax.Array, seen: Seen, context: Context) -> tuple[jax.Array, ...]:
     """Returns the keys [B, N, m] of the blocks of a row, in parts with more and more keys."""
     c, length = self.config, gate.shape[1]
     first = block_sets.leaders(seen, c.block, c.window)
     starts = jnp.arange(0, length, c.block)
-    edge = -(-len(starts) // STAGES) if isinstance(c.keep, Share) else len(starts)
+    # Devices that share the row all have as many keys to a block.
+    staged = isinstance(c.keep, Share) and not context.sequence_axes
+    edge = -(-len(starts) // STAGES) if staged else len(starts)
+    counts = c.keep.counts(length)
+    ranked = ranks(gate, seen.key_positions)
     found = []
     for begin in range(0, len(starts), edge):
       blocks = slice(begin, min(begin + edge, len(starts)))
       # The last block begins here: no more lies before it.
-      past = (blocks.stop - 1) * c.block
-      counts = c.keep.counts(length)
-      ranked = ranks(gate, seen.key_positions)
-      kept = select_prefix(ranked, first.at(blocks), jnp.asarray(counts), int(counts[past]))
+      most = int(counts[(blocks.stop - 1) * c.block])
+
+      def select(queries, ranked, seen, ordered, most: int = most):
+        del queries, ordered
+        return select_prefix(ranked, seen, jnp.asarray(counts), most)
+
+      kept = choose_spread(select, (), ranked, first.at(blocks), context)
       found.append(block_sets.joined(kept, starts[blocks], length, c.block, c.window))
     return tuple(found)
 

@@ -7,6 +7,7 @@ import jax
 from jax.typing import DTypeLike
 
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Contiguous, Order
 
 Cache = Any
 """A pytree of arrays that one kind understands; its first axis is the batch."""
@@ -46,6 +47,34 @@ class AttentionConfig(Protocol):
 
     Projections are not in it: they are counted from the weights.
     """
+
+
+@runtime_checkable
+class SharesRows(Protocol):
+  """A kind that says on which devices that share a row it can run.
+
+  Others are left to the compiler, and take `Contiguous` tokens only.
+  """
+
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns why devices cannot hold `tokens` tokens of a row each, in this order, as messages."""
+
+
+def in_order_only(order: Order, need: str) -> list[str]:
+  """Returns that a kind cannot take tokens but in the order of the row, unless they are in it."""
+  if isinstance(order, Contiguous):
+    return []
+  return [f'needs {need} beside them, which {type(order).__name__} takes apart; use Contiguous()']
+
+
+def block_faults(block: int, tokens: int, order: Order, name: str) -> list[str]:
+  """Returns why blocks of queries cannot lie on devices with `tokens` tokens each, as messages."""
+  errors = in_order_only(order, 'the tokens of a block')
+  if tokens % block:
+    errors.append(
+      f'`{name}` is {block}, which does not divide the {tokens} tokens of a row on a device'
+    )
+  return errors
 
 
 class Attention(Protocol):

@@ -14,11 +14,14 @@ from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.attention.spread import attend_spread
 from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.attention.reference import Seen, attend, attend_latent, visible, window_mask
+from deepseek_jax.ops.attention.ring import Keys
 
 FEW = 2
 """Queries whose scores of all keys are held at once. On two CPU cores a loop over blocks of 2,048
@@ -232,7 +235,6 @@ class LatentAttention(nn.Module):
     seen: Seen,
     context: Context,
     window: tuple[int, int] | None = None,
-    in_order: bool = False,
   ) -> jax.Array:
     """Attends from T queries to S tokens, without a mask of all pairs in memory.
 
@@ -242,7 +244,6 @@ class LatentAttention(nn.Module):
       seen: which tokens each query may see.
       context: facts about the T tokens.
       window: (size, n): only the last `size` positions are seen, and those below n.
-      in_order: promises that the S tokens are the queries' own; see `attend_sharded`.
 
     Returns:
       [B, T, H, V] outputs of the heads, for `project`.
@@ -255,8 +256,8 @@ class LatentAttention(nn.Module):
       scale=c.softmax_scale,
       window=window,
     )
-    if in_order or not absorbing_is_cheaper(c, tokens, keys):
-      heads = mix(*self.expand(query, key), in_order=in_order)
+    if not absorbing_is_cheaper(c, tokens, keys):
+      heads = mix(*self.expand(query, key))
     elif tokens <= FEW:
       mask = visible(*seen)
       if window is not None:
@@ -268,6 +269,24 @@ class LatentAttention(nn.Module):
       whole = jnp.concatenate([query_latent, query[1]], axis=-1)
       mixed = mix(whole, rows, rows[..., : c.latent])
       heads = jnp.einsum('bthc,chv->bthv', mixed, up_value)
+    return context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
+
+  def mix_own(
+    self, query, key, context: Context, window: tuple[int, int] | None = None
+  ) -> jax.Array:
+    """Attends from T tokens to those before them in their segments; see `mix_seen`.
+
+    Where devices share the row, what travels is `key`: C + R channels a token, and not
+    H (nope + R + V).
+    """
+    c, whole = self.config, jnp.concatenate(query, axis=-1)
+    up = self.up(whole.dtype)
+    made = functools.partial(expand_latents, c)
+    facts: dict[str, Any] = {'scale': c.softmax_scale, 'window': window}
+    heads = attend_spread(whole, Keys(key, up, made), context, **facts)
+    if heads is None:
+      seen, rules = context.own(), context.rules
+      heads = attend_sharded(whole, *made(key, up), seen, rules, in_order=True, **facts)
     return context.rules.constrain(heads, ('batch', 'seq', 'act_heads', None))
 
   def absorb(self, query: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -342,6 +361,11 @@ class MLA(Latent):
     """Returns the module."""
     return MLAttention(self, name=name)
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns nothing: keys come from everywhere, and positions say which are seen."""
+    del tokens, order
+    return []
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> LatentCache:
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     del spare  # A later token is not seen, and is written over when its position comes again.
@@ -364,7 +388,7 @@ class MLAttention(LatentAttention):
     key = self.latents(x, context)
     positions = context.positions
     if cache is None:
-      heads = self.mix_seen(query, key, context.own(), context, in_order=True)
+      heads = self.mix_own(query, key, context)
     else:
       cache = cache.write(context.slots(cache.positions.shape[1]), *key, positions)
       key = (cache.latent, cache.rope_key)

@@ -1,6 +1,7 @@
 """Multi-head attention, with keys and values of its own for every head or shared by groups."""
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,10 +13,14 @@ from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.interface import Cache
 from deepseek_jax.layers.attention.rope import RoPE
 from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.attention.spread import attend_spread
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.attention.blocks import Window
 from deepseek_jax.ops.attention.reference import Seen
+from deepseek_jax.ops.attention.ring import Keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,11 @@ class MHA:
   def mixing_flops(self, length: int) -> float:
     """Forward FLOPs a token of scores and values over `length` causal tokens, on average."""
     return 4 * self.heads * self.head_dim * (length + 1) / 2
+
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns nothing: keys come from everywhere, and positions say which are seen."""
+    del tokens, order
+    return []
 
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'HeadCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
@@ -117,13 +127,22 @@ class HeadAttention(nn.Module):
     y = jnp.einsum('btd,dhk->bthk', x, w)
     return context.rules.constrain(y, ('batch', 'seq', 'act_heads', None))
 
-  def attend(
-    self, query: jax.Array, key, value, seen: Seen, context: Context, in_order: bool = False
-  ) -> jax.Array:
+  def attend(self, query: jax.Array, key, value, seen: Seen, context: Context) -> jax.Array:
     """Mixes values [B, S, G, K] for queries [B, T, H, K]; see `attend_sharded`."""
     key, value = key.astype(query.dtype), value.astype(query.dtype)
-    facts = {'scale': query.shape[-1] ** -0.5, 'in_order': in_order}
-    return attend_sharded(query, key, value, seen, context.rules, **facts)
+    scale = query.shape[-1] ** -0.5
+    return attend_sharded(query, key, value, seen, context.rules, scale=scale)
+
+  def attend_own(
+    self, query: jax.Array, key, value, context: Context, window: Window | None = None
+  ) -> jax.Array:
+    """Mixes values [B, T, G, K] of the queries' own tokens [B, T, H, K], of those before each."""
+    facts: dict[str, Any] = {'scale': query.shape[-1] ** -0.5, 'window': window}
+    heads = attend_spread(query, Keys((key, value), (), as_they_are), context, **facts)
+    if heads is not None:
+      return heads
+    arrays = query, key, value, context.own()
+    return attend_sharded(*arrays, context.rules, in_order=True, **facts)
 
   def project(self, mixed: jax.Array, width: int, context: Context) -> jax.Array:
     """Brings head outputs [B, T, H, K] back to [B, T, D]."""
@@ -131,6 +150,12 @@ class HeadAttention(nn.Module):
     shape, axes = (*mixed.shape[2:], width), ('heads', None, 'embed')
     w = weight(self, 'output', shape, axes, dtype=mixed.dtype, inputs=2)
     return jnp.einsum('bthk,hkd->btd', mixed, w)
+
+
+def as_they_are(source: tuple[jax.Array, jax.Array], weights: Any) -> tuple[jax.Array, jax.Array]:
+  """Returns keys [B, S, G, K] and values [B, S, G, V] that are made already."""
+  del weights
+  return source
 
 
 class MultiHeadAttention(HeadAttention):
@@ -152,7 +177,7 @@ class MultiHeadAttention(HeadAttention):
     if c.rope is not None:
       query, key = c.rope.rotate(query, positions), c.rope.rotate(key, positions)
     if cache is None:
-      mixed = self.attend(query, key, value, context.own(), context, in_order=True)
+      mixed = self.attend_own(query, key, value, context)
     else:
       slots = context.slots(cache.positions.shape[1])
       cache = cache.write(slots, key, value, positions)

@@ -1,7 +1,7 @@
 """Native sparse attention: compressed tokens, selected blocks and a window, weighed by gates."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,24 +12,26 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention import ring
-from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.interface import Cache, in_order_only
 from deepseek_jax.layers.attention.mha import (
   HEAD_CACHE_AXES,
   HeadAttention,
   HeadCache,
   empty_head_cache,
 )
+from deepseek_jax.layers.attention.nsa_blocks import Pairs, attend_to_blocks, choose_blocks
 from deepseek_jax.layers.attention.rope import RoPE
-from deepseek_jax.layers.attention.shards import attend_groups_sharded, attend_sharded
+from deepseek_jax.layers.attention.shards import attend_sharded
+from deepseek_jax.layers.attention.spread import Whole, over_sequence, with_all_keys
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.weights import Met, vector, weight
-from deepseek_jax.ops.attention.pieces import cut, joined
+from deepseek_jax.ops.attention.blocks import Window
+from deepseek_jax.ops.attention.neighbours import with_tokens_before
 from deepseek_jax.ops.attention.reference import Seen
-from deepseek_jax.ops.attention.spans import Spans, find_spans, overlaps, rank_blocks
+from deepseek_jax.ops.attention.ring import Facts
+from deepseek_jax.ops.attention.spans import Spans, find_spans
 from deepseek_jax.sharding.rules import Rules
-
-CHUNK = 1024
-"""Queries whose keys are named one by one at once: their names alone are 4 · k bytes a query."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,11 @@ class NSA:
       found[f'{name}_places'] = Met(0.0)
     return found
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns what is wrong with such an order of the tokens of a row, as messages."""
+    del tokens
+    return in_order_only(order, 'the tokens of a span')
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'NSACache':
     """Returns an empty cache: all tokens once, their entries, and the last tokens twice."""
     width = self.kv_heads * (self.head_dim + self.values)
@@ -164,31 +171,6 @@ class NSACache:
   recent: jax.Array
 
 
-class Pairs(NamedTuple):
-  """Keys [B, S, G, K] and values [B, S, G, V] of some tokens or entries, and their positions."""
-
-  key: jax.Array
-  value: jax.Array
-  positions: jax.Array
-  segments: jax.Array | None
-
-
-class Choice(NamedTuple):
-  """Which tokens each query attends to in the branch of selected blocks.
-
-  Attributes:
-    chosen: [B, T, G, n] int32 blocks; -1 is none.
-    tokens: [B, M, block] int32 places of the blocks' tokens; -1 where there is no block.
-    begins: [B, T] int32 place of the first token that is seen in any case.
-    places: [B, T] int32 place of the query's own token, the last that is seen.
-  """
-
-  chosen: jax.Array
-  tokens: jax.Array
-  begins: jax.Array
-  places: jax.Array
-
-
 class NativeSparseAttention(HeadAttention):
   """[B, T, D] -> [B, T, D]; see `NSACache` for what it remembers."""
 
@@ -207,21 +189,23 @@ class NativeSparseAttention(HeadAttention):
     selected, cache = self.remember(x, context, cache)
     recent, cache = self.recall(x, context, cache)
     own = context.positions, None if cache is not None else context.segments
-    scale = c.head_dim**-0.5
+    axes = None if cache is None else ()
 
-    def dense(pairs: Pairs, **options: Any) -> jax.Array:
-      seen = Seen(own[0], pairs.positions, own[1], pairs.segments)
-      return attend_sharded(
-        query, pairs.key, pairs.value, seen, context.rules, scale=scale, **options
-      )
+    def to_entries(queries, entries, whole):
+      del whole
+      return attend_pairs(queries[0], entries, queries[1], context.rules)
 
     with jax.named_scope('compressed'):
-      mixed = gates[0] * dense(entries)
+      mixed = gates[0] * with_all_keys(to_entries, (query, own), entries, Whole(), context, axes)
     with jax.named_scope('selected'):
-      choice = self.choose(query, entries, spans, selected, context)
-      mixed += gates[1] * self.attend_chosen(query, selected, choice, context.rules)
+      choice = choose_blocks(c, query, entries, spans, selected, context)
+      mixed += gates[1] * attend_to_blocks(c, query, selected, choice, context, axes)
     with jax.named_scope('window'):
-      mixed += gates[2] * dense(recent, window=(c.window, 0), in_order=cache is None)
+      if cache is None:
+        near = self.attend_own(query, recent.key, recent.value, context, (c.window, 0))
+      else:
+        near = attend_pairs(query, recent, own, context.rules, window=(c.window, 0))
+      mixed += gates[2] * near
     return self.project(mixed, x.shape[-1], context), cache
 
   def pairs(
@@ -269,15 +253,16 @@ class NativeSparseAttention(HeadAttention):
     c = self.config
     flat = self.flat(*self.pairs(x, 'compressed', context, rotate=False))
     if cache is None:
-      spans = find_spans(context.positions, context.segments, c.span, c.stride)
-      entries = Pairs(*self.apart(self.pool(flat, spans)), spans.positions, spans.segments)
+      picked, spans = pick_spans(flat, context, c.span, c.stride)
+      entries = Pairs(*self.apart(self.pool(picked, spans)), spans.positions, spans.segments)
       return entries, spans, None
     earlier = c.span - 1
     old, before = ring.before(cache.unpooled, context.positions, earlier)
     positions = jnp.concatenate([before, context.positions], axis=1)
     there = jnp.concatenate([before >= 0, context.real], axis=1)
     spans = find_spans(positions, there.astype(jnp.int32), c.span, c.stride, first=earlier)
-    made = self.pool(jnp.concatenate([old.astype(x.dtype), flat], axis=1), spans)
+    picked = tokens_of(spans, jnp.concatenate([old.astype(x.dtype), flat], axis=1), c.span)
+    made = self.pool(picked, spans)
     slots = cache.entries.shape[1]
     place = jnp.where(spans.positions < 0, slots, (spans.positions - earlier) // c.stride)
     rows = jnp.arange(x.shape[0])[:, None]
@@ -290,94 +275,22 @@ class NativeSparseAttention(HeadAttention):
     ends = jnp.broadcast_to(jnp.arange(slots) * c.stride + earlier, (x.shape[0], slots))
     return Pairs(*self.apart(cache.entries.astype(x.dtype)), ends, None), None, cache
 
-  def pool(self, tokens: jax.Array, spans: Spans) -> jax.Array:
-    """Makes an entry [B, N, W] of the tokens [B, S, W] of each span."""
+  def pool(self, picked: jax.Array, spans: Spans) -> jax.Array:
+    """Makes an entry [B, N, W] of the tokens [B, N, span, W] of each span."""
     c = self.config
-    found = jnp.maximum(spans.tokens(c.span), 0)
-    picked = jax.vmap(lambda x, i: x[i])(tokens, found)
     entries = []
     for name, part in zip(('key', 'value'), self.apart(picked), strict=True):
       dim = part.shape[-1]
       # [B, N, span, G, K]: the same network serves all groups.
       part += vector(self, f'{name}_places', np.zeros((c.span, 1, dim), np.float32), (None,) * 3)
       first = weight(
-        self, f'{name}_pool', (c.span, dim, dim), (None,) * 3, dtype=tokens.dtype, inputs=2
+        self, f'{name}_pool', (c.span, dim, dim), (None,) * 3, dtype=picked.dtype, inputs=2
       )
-      second = weight(self, f'{name}_pool_out', (dim, dim), (None, None), dtype=tokens.dtype)
-      hidden = jax.nn.silu(jnp.einsum('bnsgk,skj->bngj', part.astype(tokens.dtype), first))
+      second = weight(self, f'{name}_pool_out', (dim, dim), (None, None), dtype=picked.dtype)
+      hidden = jax.nn.silu(jnp.einsum('bnsgk,skj->bngj', part.astype(picked.dtype), first))
       entries.append(jnp.einsum('bngj,jk->bngk', hidden, second))
     begins = jnp.maximum(spans.positions - c.span + 1, 0)
     return self.flat(c.rope.rotate(entries[0], begins), entries[1])
-
-  def choose(
-    self,
-    query: jax.Array,
-    entries: Pairs,
-    spans: Spans | None,
-    selected: Pairs,
-    context: Context,
-  ) -> Choice:
-    """Chooses blocks for every query and group of heads.
-
-    Args:
-      query: [B, T, H, K].
-      entries: by whose attention blocks are chosen.
-      spans: where the entries' spans end; None where their slots say it.
-      selected: the tokens that blocks consist of.
-      context: facts about the T tokens.
-    """
-    c, positions = self.config, context.positions
-    batch, length = positions.shape
-    keys = selected.key.shape[1]
-    if spans is None:
-      slots = jnp.broadcast_to(jnp.arange(keys), (batch, keys))
-      ones = jnp.ones_like(slots)
-      blocks, places, segments = find_spans(slots, ones, c.block, c.block), positions, None
-      last = jnp.minimum(entries.positions, keys - 1)
-      spans = Spans(last, entries.positions, jnp.ones_like(last))
-    else:
-      segments = context.segments
-      blocks = find_spans(positions, segments, c.block, c.block)
-      places = jnp.broadcast_to(jnp.arange(length), positions.shape)
-    # The first position of the blocks that are always seen.
-    near = positions - positions % c.block - (c.local - 1) * c.block
-    chosen = rank_blocks(
-      query,
-      entries.key,
-      Seen(positions, entries.positions, segments, entries.segments),
-      overlaps(spans, c.span, blocks, c.block, keys) / c.span,
-      Seen(near - 1, blocks.positions, segments, None if segments is None else blocks.segments),
-      (blocks.positions >= 0) & (blocks.positions < c.initial * c.block),
-      c.blocks - c.local,
-      c.head_dim**-0.5,
-    )
-    begins = places - (positions - jnp.maximum(near, 0))
-    return Choice(chosen, blocks.tokens(c.block), begins, places)
-
-  def attend_chosen(
-    self, query: jax.Array, pairs: Pairs, choice: Choice, rules: Rules
-  ) -> jax.Array:
-    """Attends from queries [B, T, H, K] to the tokens of their blocks, giving [B, T, H, V]."""
-    c, length = self.config, query.shape[1]
-    tokens = choice.tokens
-
-    def attend(piece):
-      query, chosen, begins, places = piece
-      far = jax.vmap(lambda x, i: x[i])(tokens, jnp.maximum(chosen, 0))
-      far = jnp.where(chosen[..., None] >= 0, far, -1)
-      far = far.reshape(*chosen.shape[:3], chosen.shape[3] * c.block)
-      beside = begins[..., None] + jnp.arange(c.local * c.block)
-      beside = jnp.where(beside <= places[..., None], beside, -1)[:, :, None]
-      beside = jnp.broadcast_to(beside, (*chosen.shape[:3], beside.shape[-1]))
-      indices = jnp.concatenate([far, beside], axis=-1).astype(jnp.int32)
-      arrays = query, pairs.key, pairs.value, indices
-      return attend_groups_sharded(*arrays, rules, scale=c.head_dim**-0.5)
-
-    pieces = (query, *choice[:1], *choice[2:])
-    if length <= CHUNK:
-      return attend(pieces)
-    chunks = tuple(cut(x, CHUNK, -1) for x in pieces)
-    return joined(jax.lax.map(jax.checkpoint(attend), chunks), length)
 
   def flat(self, key: jax.Array, value: jax.Array) -> jax.Array:
     """Puts keys and values of all groups side by side, [B, S, W]."""
@@ -389,3 +302,48 @@ class NativeSparseAttention(HeadAttention):
     c = self.config
     both = rows.reshape(*rows.shape[:-1], c.kv_heads, c.head_dim + c.values)
     return both[..., : c.head_dim], both[..., c.head_dim :]
+
+
+def attend_pairs(
+  query: jax.Array, pairs: Pairs, own: Any, rules: Rules, window: Window | None = None
+) -> jax.Array:
+  """Attends from queries [B, T, H, K], of which `own` has positions and segments, to `pairs`."""
+  seen, scale = Seen(own[0], pairs.positions, own[1], pairs.segments), query.shape[-1] ** -0.5
+  return attend_sharded(query, pairs.key, pairs.value, seen, rules, scale=scale, window=window)
+
+
+def tokens_of(spans: Spans, tokens: jax.Array, length: int) -> jax.Array:
+  """Returns the tokens [B, N, length, W] of each span, from [B, S, W]."""
+  return jax.vmap(lambda x, i: x[i])(tokens, jnp.maximum(spans.tokens(length), 0))
+
+
+def pick_spans(
+  tokens: jax.Array, context: Context, length: int, stride: int
+) -> tuple[jax.Array, Spans]:
+  """Finds the spans of a row and their tokens.
+
+  Where devices share the row, a span is found where it ends, and its first tokens come there.
+
+  Args:
+    tokens: [B, T, W].
+    context: facts about the tokens.
+    length: tokens of a span.
+    stride: tokens from one span to the next.
+
+  Returns:
+    [B, N, length, W], and where the spans end in the row.
+  """
+  facts, axes = Facts(context.positions, context.segments), context.sequence_axes
+  if not axes:
+    spans = find_spans(*facts, length, stride)
+    return tokens_of(spans, tokens, length), spans
+
+  def own(tokens, facts, whole):
+    del whole
+    first = jax.lax.axis_index(axes) * tokens.shape[1] - (length - 1)
+    tokens, facts = with_tokens_before(tokens, facts, length - 1, axes)
+    spans = find_spans(facts.positions, facts.segments, length, stride, first=length - 1)
+    last = jnp.where(spans.positions < 0, 0, spans.last + first)
+    return tokens_of(spans, tokens, length), spans._replace(last=last)
+
+  return over_sequence(own, context, axes)(tokens, facts, Whole())

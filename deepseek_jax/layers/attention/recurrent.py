@@ -10,7 +10,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.interface import Cache, in_order_only
 from deepseek_jax.layers.attention.latent import (
   LATENT_CACHE_AXES,
   Latent,
@@ -19,6 +19,7 @@ from deepseek_jax.layers.attention.latent import (
   empty_latent_cache,
 )
 from deepseek_jax.layers.context import IMAGE, TEXT, Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.weights import vector, weight
 from deepseek_jax.ops.attention.recurrent import (
   Blocks,
@@ -128,6 +129,11 @@ class Recurrent(Latent):
     up = 2 * self.latent * self.heads * (self.nope_dim + self.value_dim)
     made = (length - 1) // self.size / length
     return super().mixing_flops(length) + slots * (2 * self.latent + up * made)
+
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns what is wrong with such an order of the tokens of a row, as messages."""
+    del tokens
+    return in_order_only(order, 'the tokens of a segment')
 
   def empty_cache(
     self, batch: int, length: int, dtype: DTypeLike, spare: int = 0

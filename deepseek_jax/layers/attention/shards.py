@@ -29,18 +29,20 @@ class Parts(NamedTuple):
     free: mesh axes that are not dealt with yet.
     rows: those that rows are spread over.
     heads: those that heads are spread over.
+    tokens: those that tokens are spread over.
   """
 
   free: frozenset[str]
   rows: tuple[str, ...]
   heads: tuple[str, ...]
+  tokens: tuple[str, ...] = ()
 
   def spec(self, heads_at: int | None = None) -> PartitionSpec:
-    """Returns how an array lies whose first axis is rows, and whose axis `heads_at` is heads."""
-    rows = self.rows or None
+    """Returns how an array [rows, tokens, …] lies whose axis `heads_at` is heads."""
+    first = self.rows or None, self.tokens or None
     if heads_at is None:
-      return PartitionSpec(rows)
-    return PartitionSpec(rows, *(None,) * (heads_at - 1), self.heads or None)
+      return PartitionSpec(*first)
+    return PartitionSpec(*first, *(None,) * (heads_at - 2), self.heads or None)
 
   def run(self, function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
     """Returns `function` of each device's own parts."""
@@ -49,25 +51,27 @@ class Parts(NamedTuple):
     )
 
 
-def own_parts(rules: Rules, rows: int, heads: int) -> Parts | None:
+def own_parts(rules: Rules, rows: int, heads: int, tokens: tuple[str, ...] = ()) -> Parts | None:
   """Returns how so many rows and heads are spread, or None where arrays are whole or it is not so.
 
   Args:
     rules: how activations lie on the mesh that is set.
     rows: B.
     heads: H, or the groups of them that share keys.
+    tokens: mesh axes that tokens are spread over, where the caller sees to what they need.
   """
   mesh = jax.sharding.get_abstract_mesh()
   sizes = dict(mesh.shape)
-  if arrays_are_whole() or shard_count(rules.seq, sizes) > 1:
-    return None
   # Inside of another `shard_map` its axes have been dealt with.
   free = frozenset(mesh.axis_names) - set(mesh.manual_axes)
-  spread = (
+  left = tuple(axis for axis in rules.seq if axis in free and axis not in tokens)
+  if arrays_are_whole() or shard_count(left, sizes) > 1:
+    return None
+  shared = [
     tuple(axis for axis in axes if axis in free) if size % shard_count(axes, sizes) == 0 else ()
     for axes, size in ((rules.batch, rows), (rules.act_heads, heads))
-  )
-  return Parts(free, *spread)
+  ]
+  return Parts(free, shared[0], shared[1], tokens)
 
 
 def attend_sharded(

@@ -10,13 +10,17 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention import ring
-from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.interface import Cache, in_order_only
 from deepseek_jax.layers.attention.rope import RoPE
+from deepseek_jax.layers.attention.spread import Whole, with_all_keys
 from deepseek_jax.layers.attention.stored import Stored
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import vector, weight
 from deepseek_jax.ops.attention.compressed import Keys, attend_compressed
+from deepseek_jax.ops.attention.neighbours import with_tokens_before
+from deepseek_jax.ops.attention.ring import Facts
 from deepseek_jax.ops.norm import rms_norm
 
 
@@ -73,6 +77,11 @@ class Shared:
     """Forward FLOPs a token of scores and values over `length` causal tokens, on average."""
     return 4 * self.heads * self.head_dim * self.window_tokens(length)
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns what is wrong with such an order of the tokens of a row, as messages."""
+    del tokens
+    return in_order_only(order, 'the tokens before its own')
+
   def empty_recent(self, batch: int, length: int, dtype: DTypeLike, spare: int) -> jax.Array:
     """Returns the ring [B, W + spare, C] of the last tokens' rotated keys, holding nothing."""
     return jnp.zeros((batch, min(self.window, length) + spare, self.head_dim), dtype)
@@ -113,6 +122,20 @@ def round_rest(rows: jax.Array, config: Shared) -> jax.Array:
   rest = rows.shape[-1] - config.rope_dim
   rounded = config.stored.round_key(rows[..., :rest])
   return jnp.concatenate([rounded, rows[..., rest:]], axis=-1)
+
+
+def own_axes(tokens: Keys, context: Context) -> tuple[str, ...]:
+  """Returns the mesh axes that share `tokens`; none where a cache has put others before them."""
+  return context.sequence_axes if tokens.rows.shape[1] == context.tokens.shape[1] else ()
+
+
+def with_window(tokens: Keys, window: int, axes: tuple[str, ...]) -> Keys:
+  """Puts what a window reaches before a device's own tokens; `window` counts the query's own."""
+  if not axes:
+    return tokens
+  facts = Facts(tokens.positions, tokens.segments)
+  rows, facts = with_tokens_before(tokens.rows, facts, window - 1, axes)
+  return Keys(rows, *facts)
 
 
 class SharedAttention(nn.Module):
@@ -172,9 +195,16 @@ class SharedAttention(nn.Module):
     Returns:
       [B, T, H, C], turned back to position 0.
     """
-    facts = context.positions, context.segments
-    window = self.config.window
-    heads = attend_compressed(query, *facts, tokens, entries, window=window, sinks=self.sinks())
+    window, axes = self.config.window, own_axes(tokens, context)
+
+    def mix(own, entries, whole):
+      query, positions, segments, tokens = own
+      tokens = with_window(tokens, window, axes)
+      facts = query, positions, segments
+      return attend_compressed(*facts, tokens, entries, window=window, sinks=whole.weights)
+
+    own = query, context.positions, context.segments, tokens
+    heads = with_all_keys(mix, own, entries, Whole(self.sinks()), context, axes)
     return self.turn_back(heads, context)
 
   def sinks(self) -> jax.Array:

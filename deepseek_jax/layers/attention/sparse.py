@@ -11,8 +11,13 @@ from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.attention.chosen import Chosen, ChosenAttention
+from deepseek_jax.layers.attention.index_target import (
+  Attended,
+  index_divergence,
+  summed_attention,
+)
 from deepseek_jax.layers.attention.indexer import Index, Indexer, LightningIndexer, add_indexer_loss
-from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.interface import Cache, block_faults
 from deepseek_jax.layers.attention.latent import (
   LATENT_CACHE_AXES,
   Latent,
@@ -20,17 +25,13 @@ from deepseek_jax.layers.attention.latent import (
   Queries,
   empty_latent_cache,
 )
+from deepseek_jax.layers.attention.spread import choose_spread
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.layers.weights import observe
 from deepseek_jax.ops.attention import block_sets
-from deepseek_jax.ops.attention.divergence import (
-  membership,
-  selected_divergence,
-  selection_quality,
-  whole_divergence,
-)
-from deepseek_jax.ops.attention.gathered import KeySets
-from deepseek_jax.ops.attention.reference import MASKED, Seen, visible
+from deepseek_jax.ops.attention.divergence import membership, selection_quality
+from deepseek_jax.ops.attention.reference import Seen, visible
 from deepseek_jax.ops.attention.select import select_top_k
 
 SAMPLES = 16
@@ -161,6 +162,12 @@ class DSA(Latent):
     per_pair = 2 * self.heads * (2 * self.latent + self.rope_dim)
     return per_pair * self.visible_tokens(length) + index
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns what is wrong with devices that have so many tokens of a row each, as messages."""
+    if isinstance(self.sharing, Each):
+      return []
+    return block_faults(self.sharing.block, tokens, order, 'sharing.block')
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> 'SparseCache':
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     del spare  # See MLA.
@@ -234,28 +241,37 @@ class SparseAttention(ChosenAttention):
     seen = context.own()
     learning = self.is_mutable_collection('losses') and not self.is_initializing()
     if dense:
-      y = self.project(self.mix_seen(query.make(c), key, seen, context, in_order=True), x.shape[-1])
+      y = self.project(self.mix_own(query.make(c), key, context), x.shape[-1])
       if learning:
         self.report(query, key, index, seen, context)
       return y, None
     matrices = self.up(x.dtype), self.output_matrix(x.shape[-1], x.dtype)
-    chosen = self.choose(index, seen)
+    chosen = self.choose(index, seen, context)
     y, mass = self.mix_chosen(query, key, matrices, chosen, context, mass=learning)
     if learning:
       self.report(query, key, index, seen, context, chosen, mass)
     return y, None
 
-  def choose(self, index: Index, seen: Seen) -> Chosen:
-    """Selects the keys of the T tokens of a row among themselves."""
+  def choose(self, index: Index, seen: Seen, context: Context) -> Chosen:
+    """Selects the keys of the T tokens of a row among themselves.
+
+    Where devices share the row, the index keys of all come to each, and the choice is that of one.
+    """
     c, length = self.config, index.key.shape[1]
     top_k = min(c.top_k, length)
+    each = isinstance(c.sharing, Each)
+
+    def select(queries, key, seen, ordered):
+      query, weights = queries
+      return select_top_k(query, key, weights, seen, top_k, ordered=ordered and each)
+
     if isinstance(c.sharing, Each):
-      found = select_top_k(index.query, index.key, index.weights, seen, top_k, ordered=True)
-      return Chosen((found,))
+      queries = index.query, index.weights
+      return Chosen((choose_spread(select, queries, index.key, seen, context),))
     block, window = c.sharing.block, c.sharing.window
     first = block_sets.leaders(seen, block, window)
-    query, weights = index.query[:, ::block], index.weights[:, ::block]
-    found = select_top_k(query, index.key, weights, first, top_k)
+    queries = index.query[:, ::block], index.weights[:, ::block]
+    found = choose_spread(select, queries, index.key, first, context)
     starts = jnp.arange(0, length, block)
     sets = block_sets.joined(found, starts, length, block, window)
     return Chosen((sets,), block, seen)
@@ -328,60 +344,28 @@ class SparseAttention(ChosenAttention):
     # The target is what the model does: the indexer follows it, not the other way round.
     up: jax.Array = self.get_variable('params', 'key_value_up')
     query, key, up = jax.lax.stop_gradient((query, key, up))
-    up_key = up[..., : c.nope_dim].astype(query.source.dtype)
-
-    def attention(rows: jax.Array) -> jax.Array:
-      return summed_attention(c, query, key, up_key, seen, rows)
-
+    target = Attended(query, key, up[..., : c.nope_dim].astype(query.source.dtype))
     with jax.named_scope('divergence'):
-      if chosen is None or mass is None:
-        gap = whole_divergence(attention, *index, seen)
-      else:
-        sets = KeySets(chosen.indices[0], chosen.block, chosen.seen)
-        gap = selected_divergence(*index, sets, mass)
+      gap = index_divergence(c, target, index, seen, context, chosen, mass)
     add_indexer_loss(self, gap, context, c.stage.weight)
     if not self.is_mutable_collection('observed'):
       return
     length = gap.shape[1]
-    rows = np.arange(min(SAMPLES, length)) * length // min(SAMPLES, length)
+    rows = context.places(np.arange(min(SAMPLES, length)) * length // min(SAMPLES, length))
     part = seen.at(jnp.asarray(rows))
     if chosen is None:
       q, w = index.query[:, rows], index.weights[:, rows]
       lists = select_top_k(q, index.key, w, part, min(c.top_k, length))
     else:
       lists = chosen.indices[0][:, rows // chosen.block]
+      places = jnp.asarray(context.places(np.arange(length)), jnp.int32)
+      lists = jnp.where(lists >= 0, places[lists], -1)
     mask = visible(*part)
     found = membership(lists, length) & mask
-    recall, coverage = selection_quality(attention(jnp.asarray(rows)), found, mask)
+    attention = summed_attention(c, target, seen, jnp.asarray(rows))
+    recall, coverage = selection_quality(attention, found, mask)
     near = part.query_positions[:, :, None] - part.key_positions[:, None, :] < NEAR
     close = jnp.sum(found & near, axis=-1) / jnp.maximum(jnp.sum(found, axis=-1), 1)
     facts = {'recall': recall, 'coverage': coverage, 'near': close, 'divergence': gap[:, rows]}
     sums = {name: jnp.sum(fact * real[:, rows]) for name, fact in facts.items()}
     observe(self, 'indexer', {**sums, 'queries': jnp.sum(real[:, rows])})
-
-
-def summed_attention(
-  config: Latent,
-  query: Queries,
-  key: tuple[jax.Array, jax.Array],
-  up_key: jax.Array,
-  seen: Seen,
-  rows: jax.Array,
-) -> jax.Array:
-  """Returns dense attention of some queries, summed over heads, [B, n, S] float32.
-
-  Args:
-    config: sizes and scale.
-    query: all T of them, not made yet.
-    key: latent [B, S, C] and rotated [B, S, R].
-    up_key: [C, H, nope] what makes keys of latents.
-    seen: who sees whom.
-    rows: [n] int32 which queries.
-  """
-  nope, rope = query.rows(rows).make(config)
-  inner = jnp.einsum('bthk,chk->bthc', nope, up_key)
-  scores = jnp.einsum('bthc,bsc->bhts', inner, key[0], preferred_element_type=jnp.float32)
-  scores += jnp.einsum('bthr,bsr->bhts', rope, key[1], preferred_element_type=jnp.float32)
-  mask = visible(*seen.at(rows))
-  scores = jnp.where(mask[:, None], scores * config.softmax_scale, MASKED)
-  return jnp.sum(jax.nn.softmax(scores, axis=-1), axis=1)

@@ -16,7 +16,9 @@ from deepseek_jax.layers.attention.latent import (
   LatentCache,
   empty_latent_cache,
 )
+from deepseek_jax.layers.attention.spread import choose_spread
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.ops.attention.reference import Seen
 from deepseek_jax.ops.attention.select import select_nearest
 
@@ -57,6 +59,11 @@ class TopK(Latent):
     choice = 2 * (self.latent + self.rope_dim) * (length + 1) / 2
     return choice + per_pair * self.visible_tokens(length)
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns nothing: keys come from everywhere, and positions say which are seen."""
+    del tokens, order
+    return []
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> LatentCache:
     """Returns an empty cache of `length` slots; a token's slot is its position."""
     del spare  # A later token is not seen, and is written over when its position comes again.
@@ -92,9 +99,17 @@ class TopKAttention(ChosenAttention):
     nope, rope = query.make(c)
     inner = jnp.einsum('bthk,chk->btc', nope, up[..., : c.nope_dim])
     whole = jnp.concatenate([inner, jnp.sum(rope, axis=2)], axis=-1)
-    rows = jnp.concatenate(key, axis=-1).astype(x.dtype)
-    top_k = min(c.top_k, rows.shape[1])
-    found = select_nearest(whole, rows, seen, top_k, ordered=cache is None)
+    key = (key[0].astype(x.dtype), key[1].astype(x.dtype))
+    top_k = min(c.top_k, key[0].shape[1])
+
+    def select(whole, key, seen, ordered):
+      rows = jnp.concatenate(key, axis=-1)
+      return select_nearest(whole, rows, seen, top_k, ordered=ordered)
+
+    if cache is None:
+      found = choose_spread(select, whole, key, seen, context)
+    else:
+      found = select(whole, key, seen, False)
     matrices = up, self.output_matrix(x.shape[-1], x.dtype)
     y, _ = self.mix_chosen(query, key, matrices, Chosen((found,)), context)
     return y, cache

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
-from deepseek_jax.layers.attention.interface import Cache
+from deepseek_jax.layers.attention.interface import Cache, in_order_only
 from deepseek_jax.layers.attention.latent import (
   LATENT_CACHE_AXES,
   Latent,
@@ -17,6 +17,7 @@ from deepseek_jax.layers.attention.latent import (
   empty_latent_cache,
 )
 from deepseek_jax.layers.context import Context
+from deepseek_jax.layers.context_parallel import Order
 from deepseek_jax.ops.attention.reference import Seen
 
 
@@ -53,6 +54,11 @@ class Window(Latent):
     ring, sinks = self.size, self.sinks
     return sum(min(t + 1, ring) + min(max(t + 1 - ring, 0), sinks) for t in range(length)) / length
 
+  def check_shared(self, tokens: int, order: Order) -> list[str]:
+    """Returns what is wrong with such an order of the tokens of a row, as messages."""
+    del tokens
+    return in_order_only(order, 'the tokens before its own')
+
   def empty_cache(self, batch: int, length: int, dtype: DTypeLike, spare: int = 0) -> LatentCache:
     """Returns an empty cache: slots for the sinks, then a ring of `size`; at most `length`."""
     return empty_latent_cache(self, batch, min(self.sinks + self.size + spare, length), dtype)
@@ -77,7 +83,7 @@ class WindowAttention(LatentAttention):
     new = self.latents(x, context)
     positions = context.positions
     if cache is None:
-      heads = self.mix_seen(query, new, context.own(), context, (size, sinks), in_order=True)
+      heads = self.mix_own(query, new, context, (size, sinks))
     else:
       # A block of queries may be longer than the ring: attend to what the ring holds and to the
       # block itself, then write.

@@ -134,7 +134,8 @@ class MoEFeedForward(nn.Module):
     matrices = dataclasses.replace(matrices, limit=c.limit)
     limits = None if c.growth is None else c.growth.limits(self, c.experts, c.top_k)
     if c.breaker is not None:
-      matrices, usable, broken, signal = c.breaker.inspect(self, matrices, length == 1)
+      # One token, or one and a token of padding, is a step of decoding.
+      matrices, usable, broken, signal = c.breaker.inspect(self, matrices, length <= 2)
       grown = Limits() if limits is None else limits
       allowed = usable if grown.allowed is None else usable & grown.allowed
       limits = Limits(allowed=allowed, top_k=grown.top_k)

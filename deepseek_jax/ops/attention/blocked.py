@@ -68,31 +68,27 @@ def _attend(query, key, value, extras: Extras, seen: Seen, static: Static):
 
 def _forward(query, key, value, extras, seen, static):
   arrays = query, key, value, extras, seen
-  if key.shape[1] <= SHORT:
-    out, log_sum = short_rows.forward(*arrays, static)
-  else:
-    forms = {'default': functools.partial(long_rows.forward, static=static)}
-    if attention_tpu.fits(query, key, value, extras, static):
-      forms['tpu'] = functools.partial(attention_tpu.forward, static=static)
-    out, log_sum = lax.platform_dependent(*arrays, **forms)
+  out, log_sum = forward_part(*arrays, static)
   return out, (*arrays, out, log_sum)
+
+
+def forward_part(
+  query: jax.Array, key: jax.Array, value: jax.Array, extras: Extras, seen: Seen, static: Static
+) -> tuple[jax.Array, jax.Array]:
+  """Attends to some keys [B, S, G, K]; see `long_rows.forward`, of which it takes the best form."""
+  if key.shape[1] <= SHORT:
+    return short_rows.forward(query, key, value, extras, seen, static)
+  forms = {'default': functools.partial(long_rows.forward, static=static)}
+  if attention_tpu.fits(query, key, value, extras, static):
+    forms['tpu'] = functools.partial(attention_tpu.forward, static=static)
+  return lax.platform_dependent(query, key, value, extras, seen, **forms)
 
 
 def _backward(static, saved, grad):
   query, key, value, extras, seen, out, log_sum = saved
-  drift = jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
-  arrays = query, key, value, extras, seen, Back(log_sum, drift, grad)
-
-  def form(module, query, key, value, extras, seen, back):
-    return module.backward(query, key, value, extras, seen, static, back)
-
-  if key.shape[1] <= SHORT:
-    *grads, bias = form(short_rows, *arrays)
-  else:
-    forms = {'default': functools.partial(form, long_rows)}
-    if attention_tpu.fits(query, key, value, extras, static):
-      forms['tpu'] = functools.partial(form, attention_tpu)
-    *grads, bias = lax.platform_dependent(*arrays, **forms)
+  drift = softmax_drift(out, grad)
+  back = Back(log_sum, drift, grad)
+  *grads, bias = backward_part(query, key, value, extras, seen, static, back)
   sinks = None
   if extras.sinks is not None:
     sinks = -jnp.sum(jnp.exp(extras.sinks - log_sum) * drift, axis=(0, 1))
@@ -100,6 +96,44 @@ def _backward(static, saved, grad):
   if bias is not None:
     bias = bias.astype(extras.key_bias.dtype)
   return *grads, Extras(bias, sinks), None
+
+
+def softmax_drift(out: jax.Array, grad: jax.Array) -> jax.Array:
+  """Returns `Back.drift` [B, T, H] of outputs and their gradient, [B, T, H, V] both."""
+  return jnp.sum(out.astype(jnp.float32) * grad.astype(jnp.float32), axis=-1)
+
+
+def backward_part(
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  extras: Extras,
+  seen: Seen,
+  static: Static,
+  back: Back,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+  """Returns what some keys give to the gradients; see `long_rows.backward`.
+
+  Args:
+    query: [B, T, H, K].
+    key: [B, S, G, K] all keys, or a part of them.
+    value: [B, S, G, V].
+    extras: what joins the scores.
+    seen: who sees whom.
+    static: what is known when it is compiled.
+    back: what it starts from; its sums are over all keys, also where these are a part of them.
+  """
+
+  def form(module, query, key, value, extras, seen, back):
+    return module.backward(query, key, value, extras, seen, static, back)
+
+  arrays = query, key, value, extras, seen, back
+  if key.shape[1] <= SHORT:
+    return form(short_rows, *arrays)
+  forms = {'default': functools.partial(form, long_rows)}
+  if attention_tpu.fits(query, key, value, extras, static):
+    forms['tpu'] = functools.partial(form, attention_tpu)
+  return lax.platform_dependent(*arrays, **forms)
 
 
 _attend.defvjp(_forward, _backward)

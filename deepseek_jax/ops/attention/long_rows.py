@@ -48,7 +48,11 @@ def _layout(query: jax.Array, key: jax.Array) -> Layout:
 def forward(
   query: jax.Array, key: jax.Array, value: jax.Array, extras: Extras, seen: Seen, static: Static
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns the outputs [B, T, H, V], and the logarithm of each softmax's sum [B, T, H] float32."""
+  """Returns the outputs [B, T, H, V], and the logarithm of each softmax's sum [B, T, H] float32.
+
+  Where a query sees no key its output is zero and its logarithm `FLOOR`, so that it has no share
+  where parts are merged, and gives no gradient.
+  """
   c = _layout(query, key)
   plan = make_plan(seen, extras.key_bias, static.window, static.in_order, c)
   q, k, v = cut_queries(query * static.scale, c), cut_keys(key, c), cut_keys(value, c)
@@ -98,7 +102,7 @@ def _forward_block(step, i, q, k, v, sinks, plan: Plan, c: Layout):
   out, top, total = lax.fori_loop(whole, touched, functools.partial(visit, True), carry)
   empty = total == 0
   total = jnp.where(empty, 1.0, total)
-  return (out / total).astype(v.dtype), jnp.where(empty, 0.0, top + jnp.log(total))
+  return (out / total).astype(v.dtype), jnp.where(empty, FLOOR, top + jnp.log(total))
 
 
 def backward(

@@ -42,7 +42,7 @@ def forward(
     empty = total == 0
     total = jnp.where(empty, 1.0, total)
     outs.append((out / total).astype(v.dtype))
-    log_sums.append(jnp.where(empty, 0.0, top + jnp.log(total)))
+    log_sums.append(jnp.where(empty, FLOOR, top + jnp.log(total)))
   out, log_sum = (_heads_last(jnp.concatenate(x, axis=3)) for x in (outs, log_sums))
   return out, log_sum[..., 0]
 

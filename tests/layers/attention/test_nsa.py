@@ -184,16 +184,17 @@ def test_cache(chunks):
 
 def test_chunks_of_queries(monkeypatch):
   """Long rows name their keys a chunk of queries at a time."""
-  from deepseek_jax.layers.attention import nsa
+  from deepseek_jax.layers.attention import nsa_blocks
 
   x, context = activations(2, 45), packed_context([(45,), (20, 11)], 45)
+  own = {'params': params()}
 
   def both():
-    loss = lambda x: jnp.sum(jnp.sin(CONFIG.build().apply({'params': params()}, x, context)[0]))  # noqa: E731
+    loss = lambda x: jnp.sum(jnp.sin(CONFIG.build().apply(own, x, context)[0]))  # noqa: E731
     return jax.jit(jax.value_and_grad(loss))(x)
 
   whole = both()
-  monkeypatch.setattr(nsa, 'CHUNK', 16)
+  monkeypatch.setattr(nsa_blocks, 'CHUNK', 16)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), whole, both())
 
 

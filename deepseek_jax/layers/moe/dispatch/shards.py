@@ -141,7 +141,8 @@ def run(
   """
   mesh, rules = jax.sharding.get_abstract_mesh(), context.rules
   if mesh.empty or mesh.size == 1:
-    return apply_experts(x, assignment.experts, assignment.weights, matrices), {}
+    experts = not_of_padding(assignment.experts, context.real.reshape(-1), len(matrices.gate))
+    return apply_experts(x, experts, assignment.weights, matrices), {}
   spread = () if body is None else rules.expert
   if spread not in ((), (AXIS,)):
     raise ConfigError(f"rules.expert is {rules.expert}; this dispatch needs ('{AXIS}',)")
@@ -157,7 +158,8 @@ def run(
     if body is not None and count > 1 and AXIS in layout.tokens:
       y, facts = body(part, experts)
     else:
-      y, facts = apply_own(part, experts), {}
+      held = not_of_padding(part.experts, part.real, len(matrices.gate))
+      y, facts = apply_own(part._replace(experts=held), experts), {}
     if layout.tokens:
       facts = jax.lax.psum(facts, layout.tokens)
     return y.reshape(1, *x.shape), facts
@@ -176,6 +178,11 @@ def run(
   )
   # Summed out here: the gradient of a sum inside would be summed over the shards once more.
   return jnp.sum(y, axis=0).reshape(x.shape), facts
+
+
+def not_of_padding(experts: jax.Array, real: jax.Array, count: int) -> jax.Array:
+  """Returns the choices [N, K] with those of padding (`real` [N] False) given to nobody."""
+  return jnp.where(real[:, None], experts, count)
 
 
 def apply_own(part: Part, experts: Experts) -> jax.Array:
