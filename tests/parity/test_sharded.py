@@ -208,7 +208,7 @@ def assert_same(found, expected, message: str, tolerance: float = TOLERANCE) -> 
   """Every array within the tolerance, relative to its largest entry, or a thousandth of any.
 
   What is far smaller than the rest is a sum of terms that cancel, which are known to so much. Gates
-  of hyper-connections are such sums over all tokens and channels at once.
+  and base of hyper-connections are such sums over all tokens and channels at once.
   """
   found, expected = flatten(found), flatten(expected)
   assert found.keys() == expected.keys()
@@ -216,7 +216,7 @@ def assert_same(found, expected, message: str, tolerance: float = TOLERANCE) -> 
   for address, array in expected.items():
     largest = np.abs(array).max()
     assert largest > 0, f'{message}: {address} is all zero'
-    share = 20 * tolerance if address.endswith('/gates') else tolerance
+    share = 20 * tolerance if address.endswith(('/gates', '/base')) else tolerance
     limit = max(share * largest, tolerance * least)
     difference = np.abs(found[address] - array).max()
     assert difference <= limit, f'{message}: {address} differs by {difference}, limit {limit}'
