@@ -50,10 +50,14 @@ from deepseek_jax.train.step import Program, build_program
 ROWS, LENGTH = 8, 32
 TOLERANCE = 1e-5
 
-SELDOM = ('window', 'dsa')
-"""Kinds that share most of their labels with MLA: one preset each is run every time."""
-OFTEN = ('mla', 'caption')
-"""What is run under every preset every time; all that is in neither list is slow."""
+OFTEN = {
+  'mla': ('fsdp', 'tensor', 'expert'),
+  'caption': ('tensor', 'expert'),
+  # These share most of their labels with MLA.
+  'window': ('tensor',),
+  'dsa': ('tensor',),
+}
+"""Under which presets a kind is run every time; all else is slow."""
 
 SHORT = {'depth': 2, 'dense_layers': 0, 'mtp': None}
 
@@ -250,7 +254,7 @@ PAIRS = [
   pytest.param(
     kind,
     layout,
-    marks=[] if kind in OFTEN or (kind in SELDOM and layout == 'tensor') else [pytest.mark.slow],
+    marks=[] if layout in OFTEN.get(kind, ()) else [pytest.mark.slow],
   )
   for layout in ('fsdp', 'tensor', 'expert')
   for kind in CONFIGS
