@@ -237,7 +237,7 @@ APART = ('capacity', 'noise')
 
 
 @pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=[] if n == 'uneven' else [pytest.mark.slow]) for n in RUNS]
+  'name', [pytest.param(n, marks=[] if n == 'one' else [pytest.mark.slow]) for n in RUNS]
 )
 def test_stages_change_nothing(name):
   """Two steps in stages are those of one device without any."""

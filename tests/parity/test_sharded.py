@@ -50,10 +50,14 @@ from deepseek_jax.train.step import Program, build_program
 ROWS, LENGTH = 8, 32
 TOLERANCE = 1e-5
 
-SELDOM = ('window', 'dsa')
-"""Kinds that share most of their labels with MLA: one preset each is run every time."""
-OFTEN = ('mla', 'caption')
-"""What is run under every preset every time; all that is in neither list is slow."""
+OFTEN = {
+  'mla': ('fsdp', 'tensor', 'expert'),
+  'caption': ('tensor', 'expert'),
+  # These share most of their labels with MLA.
+  'window': ('tensor',),
+  'dsa': ('tensor',),
+}
+"""Under which presets a kind is run every time; all else is slow."""
 
 SHORT = {'depth': 2, 'dense_layers': 0, 'mtp': None}
 
@@ -213,7 +217,7 @@ def assert_same(found, expected, message: str, tolerance: float = TOLERANCE) -> 
   """Every array within the tolerance, relative to its largest entry, or a thousandth of any.
 
   What is far smaller than the rest is a sum of terms that cancel, which are known to so much. Gates
-  of hyper-connections are such sums over all tokens and channels at once.
+  and base of hyper-connections are such sums over all tokens and channels at once.
   """
   found, expected = flatten(found), flatten(expected)
   assert found.keys() == expected.keys()
@@ -221,7 +225,7 @@ def assert_same(found, expected, message: str, tolerance: float = TOLERANCE) -> 
   for address, array in expected.items():
     largest = np.abs(array).max()
     assert largest > 0, f'{message}: {address} is all zero'
-    share = 20 * tolerance if address.endswith('/gates') else tolerance
+    share = 20 * tolerance if address.endswith(('/gates', '/base')) else tolerance
     limit = max(share * largest, tolerance * least)
     difference = np.abs(found[address] - array).max()
     assert difference <= limit, f'{message}: {address} differs by {difference}, limit {limit}'
@@ -255,7 +259,7 @@ PAIRS = [
   pytest.param(
     kind,
     layout,
-    marks=[] if kind in OFTEN or (kind in SELDOM and layout == 'tensor') else [pytest.mark.slow],
+    marks=[] if layout in OFTEN.get(kind, ()) else [pytest.mark.slow],
   )
   for layout in ('fsdp', 'tensor', 'expert')
   for kind in CONFIGS

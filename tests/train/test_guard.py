@@ -206,7 +206,15 @@ def poison(batch, row=None):
   return batch.replace(weights=weights)
 
 
-@pytest.mark.parametrize('layout', ['single', 'devices', 'microbatches', 'float16'])
+@pytest.mark.parametrize(
+  'layout',
+  [
+    'devices',
+    'float16',
+    pytest.param('single', marks=pytest.mark.slow),
+    pytest.param('microbatches', marks=pytest.mark.slow),
+  ],
+)
 def test_a_skipped_step_changes_nothing(layout, cache_dir):
   """One NaN row, on one device or in one microbatch: all of the state stays, to the bit."""
   changes = {
