@@ -21,8 +21,8 @@ from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.tree import flatten, unflatten
 from deepseek_jax.data.batch import Batch
 from deepseek_jax.layers.attention.latent import MLA
-from deepseek_jax.layers.context import Media, text_context
-from deepseek_jax.models.decoder import canonical, grouped, plan_segments, shift_left
+from deepseek_jax.layers.context import Media, shift_left, text_context
+from deepseek_jax.models.decoder import canonical, grouped, plan_segments
 from deepseek_jax.models.seeing import encode_media
 from deepseek_jax.train.objective import batch_context, batch_totals, training_loss
 
