@@ -15,7 +15,7 @@ from deepseek_jax.layers.encoders.tiling import EveryTile, Progressive
 from deepseek_jax.models.cost import medium_flops, weights_of
 from deepseek_jax.models.decoder import init_variables
 from deepseek_jax.models.encoder import Encoder
-from deepseek_jax.models.seeing import encode_media, media_spans, without_media
+from deepseek_jax.models.seeing import encode_media, media_spans, span_starts, without_media
 from deepseek_jax.sharding.mesh import MeshConfig, make_mesh
 from deepseek_jax.sharding.presets import FSDP
 from deepseek_jax.sharding.rules import Rules, logical_axes
@@ -101,7 +101,8 @@ def test_kinds_that_a_batch_has_none_of(made):
   assert [span.kind for span in media_spans(model, few)] == ['image', 'sound']
   with pytest.raises(ConfigError, match='soundd'):
     media_spans(model, {'soundd': few['sound']})
-  places = jnp.where(context.placeholders < 20, context.placeholders, -1)
+  end = span_starts(media_spans(model, few))[-1]
+  places = jnp.where(context.placeholders < end, context.placeholders, -1)
   run = jax.jit(lambda c: decoder.apply(variables, c)[0])
   found = run(dataclasses.replace(context, media=few, placeholders=places))
   assert np.isfinite(found).all()
@@ -137,7 +138,8 @@ def test_a_mesh_changes_nothing(made):
   assert float(found) == pytest.approx(float(want), rel=1e-5)
   pairs = zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True)
   for (path, a), b in pairs:
-    assert np.abs(b).max() > 0, path
+    # The loss knows no head.
+    assert np.abs(b).max() > 0 or path[0].key == 'head', path
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path))
 
 
@@ -164,7 +166,7 @@ def test_tiles(sighted, shown, tiling):
     jax.jit(jax.grad(loss))(variables['params'])
   ):
     assert np.isfinite(gradient).all(), path
-    assert np.abs(gradient).max() > 0, path
+    assert np.abs(gradient).max() > 0 or path[0].key == 'head', path
 
 
 def test_shared_and_separate_projections(sighted):
