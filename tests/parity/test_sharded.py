@@ -221,12 +221,12 @@ def assert_same(found, expected, message: str, tolerance: float = TOLERANCE) -> 
   """
   found, expected = flatten(found), flatten(expected)
   assert found.keys() == expected.keys()
-  least = 1e-3 * max(np.abs(array).max() for array in expected.values()) if expected else 0
+  most = max(np.abs(array).max() for array in expected.values()) if expected else 0
   for address, array in expected.items():
     largest = np.abs(array).max()
     assert largest > 0, f'{message}: {address} is all zero'
-    share = 20 * tolerance if address.endswith(('/gates', '/base')) else tolerance
-    limit = max(share * largest, tolerance * least)
+    own, of_any = (20, 1e-2) if address.endswith(('/gates', '/base')) else (1, 1e-3)
+    limit = tolerance * max(own * largest, of_any * most)
     difference = np.abs(found[address] - array).max()
     assert difference <= limit, f'{message}: {address} differs by {difference}, limit {limit}'
 
