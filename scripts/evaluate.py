@@ -21,6 +21,9 @@ Measures a trained model on held-out text.
 Prints bits per byte of the whole held-out text, and what five yardsticks need for the same text.
 For a run on captioned pictures: how well held-out captions are predicted from their own picture and
 from another one, and how many keywords of the model's own captions are right.
+For a run on media: how many held-out documents greedy decoding would write to the letter, and nats
+a token, with their own media and with those of another row, by source; of two towers, how often
+media find their text.
 For a run that learns to recall: how many answers are right, by how far back they lie.
 """
 
@@ -35,8 +38,10 @@ def main() -> None:
   """Runs the script."""
   from deepseek_jax.core.config import ConfigError
   from deepseek_jax.data.captions import CaptionData
+  from deepseek_jax.data.media.rows import MediaData
   from deepseek_jax.data.recall import RecallData
   from deepseek_jax.infer.caption_score import measure_captions
+  from deepseek_jax.infer.media_score import measure_media
   from deepseek_jax.lab.recall import recall_by_distance, recall_table
   from deepseek_jax.train.checkpoint_reader import saved_steps, whole_step
   from deepseek_jax.train.evaluate import evaluate
@@ -70,6 +75,11 @@ def main() -> None:
     figures = measure_captions(program.decoder, variables, data)
     write_json(workdir.path / 'captions.json', {'step': step, **figures})
     print(caption_report(name, figures))
+    return
+  if isinstance(data, MediaData):
+    figures = measure_media(program.decoder, variables, data)
+    write_json(workdir.path / 'media.json', {'step': step, 'sources': figures})
+    print(media_report(name, figures))
     return
   evaluate_text(name, evaluate(program, params, buffers, data.heldout), data, workdir, cache)
 
@@ -135,6 +145,18 @@ def caption_report(name: str, figures: dict[str, Any]) -> str:
     f'{lines}\n{figures["pictures"]} held-out pictures of {figures["drawings"]} drawings; '
     '± is the standard error over drawings, by bootstrap'
   )
+
+
+def media_report(name: str, figures: dict[str, Any]) -> str:
+  """Returns the figures of a model that is shown media, by source, as lines."""
+  from deepseek_jax.core.describe import table
+
+  columns = list(next(iter(figures.values())))
+  rows = [
+    (source, *(f'{v:.4f}' if isinstance(v, float) else f'{v:,}' for v in found.values()))
+    for source, found in figures.items()
+  ]
+  return table(rows, (name, *(column.replace('_', ' ') for column in columns)))
 
 
 def report(name: str, bits_per_byte: float, figures: dict[str, float]) -> str:

@@ -1,0 +1,175 @@
+"""Whether a model looks at what it is shown: its answers with the right media, and with others."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.data.batch import Batch
+from deepseek_jax.data.media.rows import MediaData, MediaSplit
+from deepseek_jax.data.packed_split import heldout_batches
+from deepseek_jax.infer.decode import PlacedModel, Variables
+from deepseek_jax.layers.context import Context
+from deepseek_jax.models.contrastive import Contrastive, Towers
+from deepseek_jax.models.decoder import Decoder
+
+CANDIDATES = 1000
+"""Most pairs that are told apart at once."""
+
+
+class Answers(NamedTuple):
+  """What a model makes of documents, D of them.
+
+  Attributes:
+    nats: [D] −log p of what is learnt.
+    tokens: [D] tokens of it.
+    wrong: [D] tokens that were not the likeliest; where none is, greedy decoding writes the text.
+  """
+
+  nats: np.ndarray
+  tokens: np.ndarray
+  wrong: np.ndarray
+
+  @property
+  def exact(self) -> float:
+    """Share of the documents that greedy decoding would write to the letter."""
+    there = self.tokens > 0
+    return float((self.wrong[there] == 0).mean())
+
+  @property
+  def nats_per_token(self) -> float:
+    """Mean nats a token."""
+    return float(self.nats.sum() / self.tokens.sum())
+
+
+def context_of(batch: Batch) -> Context:
+  """Returns what layers need to know of rows [B, T] and their media."""
+  return Context(
+    tokens=batch.tokens,
+    positions=batch.positions,
+    segments=batch.segments,
+    media=batch.media,
+    placeholders=batch.placeholders,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def judge(decoder: Decoder, variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array]:
+  """Returns −log p of every target [B, T], and whether another was likelier; 0 beside targets."""
+  context = context_of(batch)
+
+  def forward(module: Decoder, context: Context) -> jax.Array:
+    return module.logits(module(context)[0], context)
+
+  logits: Any = decoder.apply(variables, context, method=forward)
+  scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+  chosen = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
+  wrong = (jnp.argmax(scores, axis=-1) != batch.targets) * batch.weights
+  return -chosen * batch.weights, wrong
+
+
+def shuffled_media(batch: Batch) -> Batch:
+  """Returns the rows [B, T] with the media of the row before, where that has as many; B > 1."""
+
+  def turn(media: Any) -> Any:
+    counts = np.asarray(media.counts)
+    order = np.arange(len(counts))
+    patterns = [tuple(row > 0) for row in counts]
+    for pattern in set(patterns):
+      rows = np.array([i for i, own in enumerate(patterns) if own == pattern])
+      order[rows] = np.roll(rows, 1)
+    return jax.tree.map(lambda x: np.asarray(x)[order], media)
+
+  assert batch.media is not None
+  return dataclasses.replace(
+    batch, media={kind: turn(media) for kind, media in batch.media.items()}
+  )
+
+
+def answers(
+  decoder: Decoder, variables: Variables, split: MediaSplit, shuffled: bool = False
+) -> Answers:
+  """Judges all documents of a split.
+
+  Args:
+    decoder: the model.
+    variables: its `params` and `buffers`.
+    split: the documents.
+    shuffled: whether each row is shown the media of another row.
+  """
+  model, sums = PlacedModel(decoder, variables), np.zeros((3, split.documents))
+  for batch in heldout_batches(split, split.config.batch_size):
+    given = shuffled_media(batch) if shuffled else batch
+    nats, wrong = (np.asarray(x, np.float64) for x in model.call(judge, given))
+    own = np.asarray(batch.documents)
+    for line, values in enumerate((nats, np.asarray(batch.weights, np.float64), wrong)):
+      np.add.at(sums[line], own[own >= 0], values[own >= 0])
+  return Answers(*sums)
+
+
+def measure_media(decoder: Decoder, variables: Variables, data: MediaData) -> dict[str, Any]:
+  """Measures a model on all held-out documents of every source.
+
+  Args:
+    decoder: the model.
+    variables: its `params` and `buffers`.
+    data: the run's.
+
+  Returns:
+    JSON-able figures by source: `documents`; `exact` and `nats_per_token` with their own media, and
+    `shuffled_exact` and `shuffled_nats_per_token` with those of another row. Of two towers
+    `candidates`, `recall_1`, `recall_5` (of text by media), `matching` (own text above one other).
+  """
+  found = {}
+  for split in data.by_source:
+    name = split.sources[0].name
+    if isinstance(decoder.config, Contrastive):
+      found[name] = measure_pairs(decoder, variables, split)
+      continue
+    own = answers(decoder, variables, split)
+    others = answers(decoder, variables, split, shuffled=True)
+    found[name] = {
+      'documents': int((own.tokens > 0).sum()),
+      'exact': own.exact,
+      'nats_per_token': own.nats_per_token,
+      'shuffled_exact': others.exact,
+      'shuffled_nats_per_token': others.nats_per_token,
+    }
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed_pairs(decoder: Decoder, variables: Variables, batch: Batch) -> Towers:
+  """Returns both halves of every pair of rows [B, T]."""
+  found: Any = decoder.apply(variables, context_of(batch), method='pairs')
+  return found
+
+
+def measure_pairs(decoder: Decoder, variables: Variables, split: MediaSplit) -> dict[str, Any]:
+  """Returns how often media find their text; see `measure_media`.
+
+  Texts that are the same, word for word, are one candidate.
+  """
+  model, media, text = PlacedModel(decoder, variables), [], []
+  for batch in heldout_batches(split, split.config.batch_size):
+    towers = model.call(embed_pairs, batch)
+    real = np.asarray(towers.real)
+    media.append(np.asarray(towers.media)[real])
+    text.append(np.asarray(towers.text)[real])
+  shown, said = np.concatenate(media), np.concatenate(text)
+  _, first = np.unique(said.round(5), axis=0, return_index=True)
+  kept = np.sort(first)[:CANDIDATES]
+  similar = shown[kept] @ said[kept].T
+  own = np.diag(similar)[:, None]
+  rank = (similar > own).sum(axis=1)
+  count = len(kept)
+  return {
+    'candidates': count,
+    'recall_1': float((rank < 1).mean()),
+    'recall_5': float((rank < 5).mean()),
+    # Against every other text, which is the mean over all choices of one.
+    'matching': float((similar < own).sum() / (count * (count - 1))),
+  }
