@@ -339,7 +339,7 @@ def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
         f'does not say that it takes tokens in the order {type(order).__name__}; use Contiguous(), '
         'or give it `check_shared`'
       ]
-    faults += heads_fault(kind, experiment, sizes)
+    faults += apart_faults(kind, experiment, sizes)
     errors += [f'context_parallel: attention {type(kind).__name__}: {fault}' for fault in faults]
   if isinstance(model, DeepSeekV4):
     errors.append(
@@ -357,13 +357,18 @@ def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
   return errors
 
 
-def heads_fault(kind: Any, experiment: Experiment, sizes: dict[str, int]) -> list[str]:
-  """Returns why an attention kind cannot have heads apart where devices share a row, as messages.
+def apart_faults(kind: Any, experiment: Experiment, sizes: dict[str, int]) -> list[str]:
+  """Returns why a kind cannot have heads or layers apart where devices share a row, as messages.
 
   Kinds beside these three leave heads to the compiler, which ended the process when it was to
-  partition `DSA` so; the others of them were not tried.
+  partition `DSA` so, and so it did with `DSA` in stages; the others of them were not tried.
   """
   rules = experiment.rules
+  if sizes['stage'] > 1 and not isinstance(kind, MLA | MHA):
+    return [
+      'lies in stages where devices share a row, which the compiler cannot partition for it; give '
+      '`stage` or `seq` one device'
+    ]
   spread = shard_count(rules.act_heads, sizes) > 1 or shard_count(rules.heads, sizes) > 1
   if not spread or isinstance(kind, MLA | MHA | Window):
     return []

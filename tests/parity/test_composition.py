@@ -106,7 +106,7 @@ def page(cells: dict[tuple[str, tuple[str, ...]], str]) -> str:
     'A training step on up to eight host devices, two along each axis that is named, is compared',
     'with that of one device: loss, gradient of every weight (relative 1e-5 of its largest entry,',
     'or of a thousandth of the largest of all; for gates and base of hyper-connections, which sum',
-    'over everything, 2e-4, or 1e-5 of a hundredth of the largest of all), moments, updated',
+    'over everything, 2e-4, or 1e-5 of a fiftieth of the largest of all), moments, updated',
     'weights, loads of experts and selection biases, on rows of packed documents of very unequal',
     'length, in float32. *Same* is equal; a number is the sentence with which the combination is',
     'refused before anything is compiled. Every model has experts with a selection bias: V3 latent',

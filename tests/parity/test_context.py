@@ -37,9 +37,10 @@ from deepseek_jax.layers.moe.dispatch.all_to_all import AllToAll
 from deepseek_jax.layers.moe.dispatch.capacity import Capacity
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.models.mtp import MTP
+from deepseek_jax.models.pipeline import GPipe
 from deepseek_jax.models.remat import Compressed, EveryLayer, Save, SquareRoot
 from deepseek_jax.sharding.mesh import MeshConfig
-from deepseek_jax.sharding.presets import CONTEXT
+from deepseek_jax.sharding.presets import CONTEXT, POD
 from deepseek_jax.train.experiment import Experiment
 from deepseek_jax.train.gradients import make_gradients
 from deepseek_jax.train.step import build_program, make_evaluate
@@ -270,6 +271,11 @@ def test_what_was_not_found_equal():
     assert 'which the compiler cannot partition for it' in error
   for kind in ('mla', 'mha', 'window'):
     assert on_mesh(experiment(kind), Ring(), apart).check(8) == []
+  staged = dataclasses.replace(
+    experiment('dsa'), pipeline=GPipe(microbatches=2), rules=POD, mesh=MeshConfig(stage=2, seq=2)
+  )
+  (error,) = [error for error in staged.check(8) if 'attention' in error]
+  assert 'lies in stages where devices share a row' in error
 
 
 def test_lengths_and_blocks_that_do_not_fit():
