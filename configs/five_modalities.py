@@ -67,7 +67,7 @@ def get_config() -> Experiment:
     data=FIVE_MODALITIES,
     optimizer=AdamW(peak_lr=2e-3),
     schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5, final=0.05),
-    train_steps=1200,
+    train_steps=1000,
     balance=SignBias(rate=1e-2),
     cadence=Cadence(log=10, evaluate=300, evaluate_batches=6, save=300),
   )

@@ -41,7 +41,15 @@ TINY = (
   'tiny_v4',
   'tiny_caption',
 )
-CONFIGS = (*TINY, 'quickstart', 'image_caption', 'ladder')
+CONFIGS = (
+  *TINY,
+  'quickstart',
+  'image_caption',
+  'image_text',
+  'visual_questions',
+  'five_modalities',
+  'ladder',
+)
 DEVICES = 8
 LAID_OUT = tuple(name for name in CONFIGS if name != 'ladder')
 """The ladder's lowest rungs have too few heads for a mesh of eight."""

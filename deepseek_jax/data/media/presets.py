@@ -49,7 +49,7 @@ FIVE_MODALITIES = MediaCorpus(
   slots=Slots(image=PICTURE_SLOTS, video=16, sound=16, points=16),
   layout=Packed(image=3, video=3, sound=3, points=3),
   length=192,
-  batch_size=12,
+  batch_size=16,
 )
 """Drawings, clips of eight frames, sounds of 12,800 samples and clouds of 256 points, as many of
 each, with captions; the fifth modality is text."""
