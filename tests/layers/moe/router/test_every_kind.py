@@ -14,6 +14,7 @@ from deepseek_jax.layers.moe.moe import MoE
 from deepseek_jax.layers.moe.router.balanced import Balanced
 from deepseek_jax.layers.moe.router.expert_attention import ExpertAttention
 from deepseek_jax.layers.moe.router.hash import Hash
+from deepseek_jax.layers.moe.router.modality import ModalitySigmoid
 from deepseek_jax.layers.moe.router.noise import Gaussian, Gumbel, Jitter
 from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
 from deepseek_jax.layers.moe.router.softmax import Softmax
@@ -33,6 +34,7 @@ ROUTERS = {
   'hash_by_frequency': Hash(vocab=11, table=ByFrequency(counts=tuple(range(11)))),
   'expert_attention': ExpertAttention(dim=5),
   'balanced': Balanced(),
+  'modality': ModalitySigmoid(),
 }
 NOISY = [
   ('softmax', Gumbel()),
