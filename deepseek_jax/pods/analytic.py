@@ -176,9 +176,7 @@ def _mixing(experiment: Experiment) -> float:
 
 def _recomputed(weights: Sequence[Weight]) -> float:
   """FLOPs a token of the products with layers' weights that the backward pass does again."""
-  again = [
-    w for w in weights if w.is_matrix and w.vectors is None and w.address.startswith('stack')
-  ]
+  again = [w for w in weights if w.is_matrix and not w.vectors and w.address.startswith('stack')]
   dense = [w for w in again if w.address.endswith('feed_forward/down') and 'expert' not in w.axes]
   return 2.0 * (
     sum(w.size * w.used * w.products for w in again) - sum(w.size * w.used for w in dense)

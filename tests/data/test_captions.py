@@ -37,7 +37,7 @@ def assert_equal(batches, expected):
   """Every field of every batch."""
   assert len(batches) == len(expected) > 0
   for found, wanted in zip(batches, expected):
-    assert None not in vars(wanted).values()
+    assert all(value is not None for value in vars(wanted).values())
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
