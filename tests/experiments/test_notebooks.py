@@ -80,6 +80,7 @@ def test_swap_a_part(run, capsys):
   assert weights[:, 60, 29:61].all()
 
 
+@pytest.mark.slow
 def test_bring_your_own(run, capsys):
   """Kinds of the notebook's own learn; attention fades, and the hash chooses by the id alone."""
   names = run('bring_your_own')

@@ -205,7 +205,7 @@ def assert_equal(found, wanted):
 
 SLOW = pytest.mark.slow
 STAGES = [
-  pytest.param(GPipe(microbatches=4), MeshConfig(stage=2, data=2), id='gpipe'),
+  pytest.param(GPipe(microbatches=4), MeshConfig(stage=2, data=2), id='gpipe', marks=SLOW),
   pytest.param(
     Interleaved(microbatches=4), MeshConfig(stage=2, data=1), id='interleaved', marks=SLOW
   ),

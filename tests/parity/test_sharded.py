@@ -52,10 +52,7 @@ TOLERANCE = 1e-5
 
 OFTEN = {
   'mla': ('fsdp', 'tensor', 'expert'),
-  'caption': ('tensor', 'expert'),
-  # These share most of their labels with MLA.
-  'window': ('tensor',),
-  'dsa': ('tensor',),
+  'caption': ('expert',),
 }
 """Under which presets a kind is run every time; all else is slow."""
 

@@ -147,6 +147,7 @@ def fresh_run(kind):
   return run
 
 
+@pytest.mark.slow
 def test_growth():
   """One compiled step: few experts and one choice at first; copies that part later."""
   _, seen = grown()

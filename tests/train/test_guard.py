@@ -210,7 +210,7 @@ def poison(batch, row=None):
   'layout',
   [
     'devices',
-    'float16',
+    pytest.param('float16', marks=pytest.mark.slow),
     pytest.param('single', marks=pytest.mark.slow),
     pytest.param('microbatches', marks=pytest.mark.slow),
   ],

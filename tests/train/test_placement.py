@@ -150,6 +150,7 @@ def run(path: pathlib.Path, text: str, cache: pathlib.Path) -> Listening:
   return display
 
 
+@pytest.mark.slow
 def test_a_run_places_experts_and_an_interrupted_one_does_so_alike(text, tmp_path, cache_dir):
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
   shown = run(whole, text, cache_dir)

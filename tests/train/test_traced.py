@@ -64,6 +64,7 @@ def test_values_are_those_of_the_config():
   assert set(traced_values(without)) == {'seed', 'optimizer', 'objective'}
 
 
+@pytest.mark.slow
 def test_a_step_by_the_values_it_is_given():
   """The compiled step of one config, given another's numbers, does what the other's does."""
   one, other = (
