@@ -193,7 +193,9 @@ class _Reader:
 
   def _arguments(self, node: ast.Call, kind: type, path: str) -> list[tuple[str, ast.expr, str]]:
     """(field, value, path) of each argument that has a field; the others are faults."""
-    names = list(annotations.fields(kind))
+    known = annotations.fields(kind)
+    # As Python has it: what may be given by place comes before all that a base wants by name.
+    names = sorted(known, key=lambda name: bool(known[name].kw_only))
     found = []
     if len(node.args) > len(names):
       self.report.fault(

@@ -18,6 +18,7 @@ from deepseek_jax.infer.decode import (
   prefill_context,
 )
 from deepseek_jax.infer.sample import Greedy, Sampler, Within
+from deepseek_jax.infer.target import target_scores
 from deepseek_jax.layers.context import Context
 from deepseek_jax.models.decoder import Decoder
 
@@ -100,20 +101,7 @@ def caption(
 @functools.partial(jax.jit, static_argnums=0)
 def caption_nats(decoder: Decoder, variables: Variables, batch: Batch) -> jax.Array:
   """Returns −log p of the caption of every row [B, T], with its end: [B] float32 nats."""
-  context = Context(
-    tokens=batch.tokens,
-    positions=batch.positions,
-    segments=batch.segments,
-    media=batch.media,
-    placeholders=batch.placeholders,
-  )
-
-  def forward(module: Decoder, context: Context) -> jax.Array:
-    return module.logits(module(context)[0], context)
-
-  logits: Any = decoder.apply(variables, context, method=forward)
-  scores = jax.nn.log_softmax(logits, axis=-1)
-  chosen = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
+  _, chosen = target_scores(decoder, variables, batch)
   return -jnp.sum(chosen * batch.weights, axis=1)
 
 

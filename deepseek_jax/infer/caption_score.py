@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, cast
 
 import numpy as np
 
-from deepseek_jax.data.captions import CaptionData, CaptionSplit
+from deepseek_jax.data.captions import CaptionData
 from deepseek_jax.data.packed_split import heldout_batches
 from deepseek_jax.infer.caption import caption, caption_nats
 from deepseek_jax.infer.decode import PlacedModel, Variables
@@ -33,9 +33,13 @@ def keyword_f1(written: Sequence[str], true: Sequence[set[str]]) -> np.ndarray:
   """
   scores = []
   for text, wanted in zip(written, true, strict=True):
-    found = keywords_of(text)
-    scores.append(2 * len(found & wanted) / max(len(found) + len(wanted), 1))
+    scores.append(agreement(keywords_of(text), wanted))
   return np.array(scores)
+
+
+def agreement(found: Set[str], true: Set[str]) -> float:
+  """F1 of words that were found: 2 · |both| / (|found| + |true|), from 0 to 1."""
+  return 2 * len(found & true) / max(len(found) + len(true), 1)
 
 
 def other_pictures(drawings: Sequence[str], seed: int = 0) -> np.ndarray:
@@ -73,12 +77,11 @@ def bootstrap_error(values: np.ndarray, groups: Sequence[str], weights: np.ndarr
   return float(np.std(sums[draws].sum(axis=1) / counts[draws].sum(axis=1)))
 
 
-def best_constant(train: CaptionSplit) -> str:
-  """The keywords that, said of every picture, agree best with the captions of a split."""
-  true = [set(record['keywords']) for record in train.records]
-  ranked = [word for word, _ in Counter(w for words in true for w in words).most_common(8)]
-  options = [', '.join(ranked[:count]) for count in range(1, len(ranked) + 1)]
-  return max(options, key=lambda text: keyword_f1([text] * len(true), true).mean())
+def best_constant(true: Sequence[Set[str]]) -> frozenset[str]:
+  """The words that, said of everything, agree best with what is true of each."""
+  ranked = [word for word, _ in Counter(w for words in true for w in words).most_common(12)]
+  options = [frozenset(ranked[:count]) for count in range(1, len(ranked) + 1)]
+  return max(options, key=lambda said: sum(agreement(said, words) for words in true))
 
 
 def measure_captions(decoder: Decoder, variables: Variables, data: CaptionData) -> dict[str, Any]:
@@ -117,7 +120,8 @@ def measure_captions(decoder: Decoder, variables: Variables, data: CaptionData) 
   true = [set(record['keywords']) for record in split.records]
   ours = keyword_f1(texts[:count], true)
   strangers = keyword_f1([texts[i] for i in others], true)
-  constant = keyword_f1([best_constant(data.train)] * count, true)
+  said = best_constant([set(record['keywords']) for record in data.train.records])
+  constant = np.array([agreement(said, words) for words in true])
   ones = np.ones(count)
   return {
     'pictures': count,

@@ -1,7 +1,7 @@
 """Whether a model looks at what it is shown: its answers with the right media, and with others."""
 
-import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -9,15 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.data.batch import Batch
-from deepseek_jax.data.media.rows import MediaData, MediaSplit
+from deepseek_jax.data.media.rows import MediaData, MediaSplit, OpenSource
 from deepseek_jax.data.packed_split import heldout_batches
+from deepseek_jax.infer.answer import words_of, write_answers
+from deepseek_jax.infer.caption_score import agreement, best_constant
 from deepseek_jax.infer.decode import PlacedModel, Variables
-from deepseek_jax.layers.context import Context
+from deepseek_jax.infer.target import context_of, shuffled_media, target_scores
 from deepseek_jax.models.contrastive import Contrastive, Towers
 from deepseek_jax.models.decoder import Decoder
 
 CANDIDATES = 1000
 """Most pairs that are told apart at once."""
+
+WRITTEN = 256
+"""Most documents of a source that are answered token by token."""
 
 
 class Answers(NamedTuple):
@@ -45,48 +50,12 @@ class Answers(NamedTuple):
     return float(self.nats.sum() / self.tokens.sum())
 
 
-def context_of(batch: Batch) -> Context:
-  """Returns what layers need to know of rows [B, T] and their media."""
-  return Context(
-    tokens=batch.tokens,
-    positions=batch.positions,
-    segments=batch.segments,
-    media=batch.media,
-    placeholders=batch.placeholders,
-  )
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def judge(decoder: Decoder, variables: Variables, batch: Batch) -> tuple[jax.Array, jax.Array]:
   """Returns −log p of every target [B, T], and whether another was likelier; 0 beside targets."""
-  context = context_of(batch)
-
-  def forward(module: Decoder, context: Context) -> jax.Array:
-    return module.logits(module(context)[0], context)
-
-  logits: Any = decoder.apply(variables, context, method=forward)
-  scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
-  chosen = jnp.take_along_axis(scores, batch.targets[..., None], axis=-1)[..., 0]
+  scores, chosen = target_scores(decoder, variables, batch)
   wrong = (jnp.argmax(scores, axis=-1) != batch.targets) * batch.weights
   return -chosen * batch.weights, wrong
-
-
-def shuffled_media(batch: Batch) -> Batch:
-  """Returns the rows [B, T] with the media of the row before, where that has as many; B > 1."""
-
-  def turn(media: Any) -> Any:
-    counts = np.asarray(media.counts)
-    order = np.arange(len(counts))
-    patterns = [tuple(row > 0) for row in counts]
-    for pattern in set(patterns):
-      rows = np.array([i for i, own in enumerate(patterns) if own == pattern])
-      order[rows] = np.roll(rows, 1)
-    return jax.tree.map(lambda x: np.asarray(x)[order], media)
-
-  assert batch.media is not None
-  return dataclasses.replace(
-    batch, media={kind: turn(media) for kind, media in batch.media.items()}
-  )
 
 
 def answers(
@@ -120,11 +89,13 @@ def measure_media(decoder: Decoder, variables: Variables, data: MediaData) -> di
 
   Returns:
     JSON-able figures by source: `documents`; `exact` and `nats_per_token` with their own media, and
-    `shuffled_exact` and `shuffled_nats_per_token` with those of another row. Of two towers
+    `shuffled_exact` and `shuffled_nats_per_token` with those of another row; of at most `WRITTEN`
+    of them `f1`, the mean agreement of the words of greedy answers with their own text,
+    `shuffled_f1`, and `constant_f1` of the words that, always said, agree best. Of two towers
     `candidates`, `recall_1`, `recall_5` (of text by media), `matching` (own text above one other).
   """
   found = {}
-  for split in data.by_source:
+  for split, train in zip(data.by_source, data.train.sources, strict=True):
     name = split.sources[0].name
     if isinstance(decoder.config, Contrastive):
       found[name] = measure_pairs(decoder, variables, split)
@@ -137,8 +108,39 @@ def measure_media(decoder: Decoder, variables: Variables, data: MediaData) -> di
       'nats_per_token': own.nats_per_token,
       'shuffled_exact': others.exact,
       'shuffled_nats_per_token': others.nats_per_token,
+      **measure_written(decoder, variables, split, train, np.flatnonzero(own.tokens > 0)),
     }
   return found
+
+
+def measure_written(
+  decoder: Decoder, variables: Variables, split: MediaSplit, train: OpenSource, answered: np.ndarray
+) -> dict[str, float]:
+  """Returns `f1`, `shuffled_f1` and `constant_f1` of a source; see `measure_media`.
+
+  Args:
+    decoder: the model.
+    variables: its `params` and `buffers`.
+    split: held-out documents of one source.
+    train: the same source's training documents.
+    answered: [N] documents of which something is learnt; they are taken at equal distances.
+  """
+  count = min(len(answered), WRITTEN)
+  chosen = answered[np.arange(count) * len(answered) // count].tolist()
+  true = [words_of(split.record(document).learnt) for document in chosen]
+  texts = write_answers(decoder, variables, split, chosen)
+  strange = write_answers(decoder, variables, split, chosen, shuffled=True)
+  known = [
+    words_of(record.learnt) for record in itertools.islice(train.records.walk('train'), 4000)
+  ]
+  constant = best_constant(known)
+  return {
+    'f1': float(np.mean([agreement(words_of(text), own) for text, own in zip(texts, true)])),
+    'shuffled_f1': float(
+      np.mean([agreement(words_of(text), own) for text, own in zip(strange, true)])
+    ),
+    'constant_f1': float(np.mean([agreement(constant, own) for own in true])),
+  }
 
 
 @functools.partial(jax.jit, static_argnums=0)

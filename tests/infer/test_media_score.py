@@ -11,7 +11,8 @@ from configs import image_text, visual_questions
 from deepseek_jax.data.media.made import Made
 from deepseek_jax.data.media.question import Questions
 from deepseek_jax.data.packed_split import heldout_batches
-from deepseek_jax.infer.media_score import answers, context_of, measure_media, shuffled_media
+from deepseek_jax.infer.media_score import answers, measure_media
+from deepseek_jax.infer.target import context_of, shuffled_media
 from deepseek_jax.models.decoder import init_variables
 
 

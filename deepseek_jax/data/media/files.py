@@ -1,14 +1,16 @@
 """Media of the user with captions: which can be used is found out once, all else is listed."""
 
+import abc
 import concurrent.futures
 import dataclasses
+import glob
 import hashlib
 import json
 import os
 import pathlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -37,51 +39,130 @@ class Item:
   media: tuple[tuple[str, str, tuple], ...]
 
 
-class FileSource(Protocol):
-  """A config that says where media of the user are."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MediaFiles(abc.ABC):
+  """What every source of the user's media is: kinds that are looked for, each with a caption.
+
+  Attributes:
+    sizes: what media are brought to.
+    heldout_fraction: share that is held out; by the content of the media.
+    longest: letters that a caption may have.
+  """
+
+  sizes: Sizes = Sizes()
+  heldout_fraction: float = 0.1
+  longest: int = 1000
+
+  def __post_init__(self):
+    if errors := self.faults():
+      raise ConfigError(errors)
 
   @property
+  @abc.abstractmethod
   def kinds(self) -> tuple[str, ...]:
     """Modalities that are looked for."""
 
-  @property
-  def sizes(self) -> Sizes:
-    """What media are brought to."""
+  @abc.abstractmethod
+  def paths(self) -> list[pathlib.Path]:
+    """The files, sorted.
 
-  @property
-  def heldout_fraction(self) -> float:
-    """Share that is held out."""
+    Raises:
+      ConfigError: there are none.
+    """
 
-  def fingerprint(self) -> str:
-    """Hexadecimal hash of names, sizes, times and captions."""
-
+  @abc.abstractmethod
   def items(self) -> tuple[list[Item], list[Fault]]:
     """What there is, and what has no caption or cannot be told apart; media are not decoded."""
 
+  @abc.abstractmethod
   def read(self, where: tuple) -> bytes:
     """The bytes of a medium."""
 
+  def faults(self) -> list[str]:
+    """What is wrong with the fields, as messages."""
+    name, known = type(self).__name__, ', '.join(EXTENSIONS)
+    errors = [
+      f'{name}.kinds: expected some of {known}, found {kind!r}'
+      for kind in self.kinds
+      if kind not in EXTENSIONS
+    ]
+    if not self.kinds:
+      errors.append(f'{name}.kinds: expected some of {known}, found none')
+    if not 0 < self.heldout_fraction < 1:
+      errors.append(
+        f'{name}.heldout_fraction: expected between 0 and 1, found {self.heldout_fraction}'
+      )
+    if self.longest < 1:
+      errors.append(f'{name}.longest: expected at least 1 letter, found {self.longest}')
+    return errors
 
-def check_file_source(source: Any) -> list[str]:
-  """Messages for the fields that all sources of files have."""
-  name = type(source).__name__
-  errors = [
-    f'{name}.kinds: expected some of {", ".join(EXTENSIONS)}, found {kind!r}'
-    for kind in source.kinds
-    if kind not in EXTENSIONS
-  ]
-  if not source.kinds:
-    errors.append(f'{name}.kinds: expected some of {", ".join(EXTENSIONS)}, found none')
-  if not 0 < source.heldout_fraction < 1:
-    errors.append(
-      f'{name}.heldout_fraction: expected between 0 and 1, found {source.heldout_fraction}'
-    )
-  if source.longest < 1:
-    errors.append(f'{name}.longest: expected at least 1 letter, found {source.longest}')
-  return errors
+  @property
+  def forms(self) -> dict[str, Form]:
+    """What the arrays are."""
+    return self.sizes.forms(self.kinds)
+
+  def holds(self, kind: str) -> int:
+    """Media of a kind that a document has, at most: one."""
+    return int(kind in self.kinds)
+
+  def fingerprint(self) -> str:
+    """Hexadecimal hash of names, sizes and times, and of what is done with the files."""
+    lines = [f'media files 1 {self!r}', *(stamp(path) for path in self.paths())]
+    return hashlib.sha256('\n'.join(lines).encode('utf-8', 'surrogateescape')).hexdigest()
+
+  def open(self, cache_dir: pathlib.Path) -> 'FileRecords':
+    """Decodes every medium once, or opens what an earlier run found out.
+
+    Raises:
+      ConfigError: there are no files, nothing in them can be used, or a library is missing.
+    """
+    return open_files(self, cache_dir)
 
 
-def open_files(source: FileSource, cache_dir: pathlib.Path) -> 'FileRecords':
+@dataclasses.dataclass(frozen=True)
+class MatchingFiles(MediaFiles):
+  """Files of one format that a pattern names.
+
+  Attributes:
+    pattern: a path or glob.
+    sizes: what media are brought to.
+    heldout_fraction: share that is held out; by the content of the media.
+    longest: letters that a caption may have.
+  """
+
+  ENDING: ClassVar[str]
+
+  pattern: str
+
+  def faults(self) -> list[str]:
+    """What is wrong with the fields, as messages."""
+    errors = super().faults()
+    if not self.pattern:
+      errors.append(
+        f"{type(self).__name__}.pattern: expected a path or a glob of {self.ENDING} files, found ''"
+      )
+    return errors
+
+  def paths(self) -> list[pathlib.Path]:
+    """The files that match, sorted.
+
+    Raises:
+      ConfigError: there are none, or one has another ending.
+    """
+    field = f'{type(self).__name__}.pattern'
+    paths = [pathlib.Path(path) for path in sorted(glob.glob(self.pattern, recursive=True))]
+    if not paths:
+      raise ConfigError(f'{field}: no file matches {self.pattern!r}')
+    wrong = [str(path) for path in paths if path.suffix.lower() != self.ENDING]
+    if wrong:
+      raise ConfigError(
+        f'{field}: expected files that end in {self.ENDING} (not compressed), found '
+        f'{", ".join(wrong[:3])}'
+      )
+    return paths
+
+
+def open_files(source: MediaFiles, cache_dir: pathlib.Path) -> 'FileRecords':
   """Decodes every medium once, or opens what an earlier run found out; says what is left out.
 
   Raises:
@@ -117,7 +198,7 @@ def open_files(source: FileSource, cache_dir: pathlib.Path) -> 'FileRecords':
   return FileRecords(source=source, rows=_split(rows, source), faults=faults)
 
 
-def _sift(source: FileSource) -> tuple[list[list[Any]], list[Fault]]:
+def _sift(source: MediaFiles) -> tuple[list[list[Any]], list[Fault]]:
   """Items that can be decoded, as JSON rows with a place in [0, 1), and the faults of others."""
   items, faults = source.items()
   progress = Progress('checking', 'media')
@@ -145,7 +226,7 @@ def _sift(source: FileSource) -> tuple[list[list[Any]], list[Fault]]:
   return kept, faults
 
 
-def _split(rows: list[list[Any]], source: FileSource) -> dict[str, tuple[Item, ...]]:
+def _split(rows: list[list[Any]], source: MediaFiles) -> dict[str, tuple[Item, ...]]:
   """Items by split: copies of one file are on one side, and no file moves when others come."""
   cut = heldout_cut([row[3] for row in rows], source.heldout_fraction, type(source).__name__)
   result: dict[str, list[Item]] = {'train': [], 'heldout': []}
@@ -166,7 +247,7 @@ class FileRecords:
     faults: what cannot, and why.
   """
 
-  source: FileSource
+  source: MediaFiles
   rows: dict[str, tuple[Item, ...]]
   faults: tuple[Fault, ...]
 
@@ -200,20 +281,10 @@ class FileRecords:
     return arrays
 
 
-def file_forms(source: Any) -> dict[str, Form]:
-  """What the arrays of a source of files are."""
-  return source.sizes.forms(source.kinds)
-
-
 def stamp(path: pathlib.Path) -> str:
   """Name, size and time of a file: what tells that it is as it was."""
   found = path.stat()
   return f'{path} {found.st_size} {found.st_mtime_ns}'
-
-
-def hashed(version: str, parts: Sequence[str]) -> str:
-  """Hexadecimal hash of some texts."""
-  return hashlib.sha256('\n'.join([version, *parts]).encode('utf-8', 'surrogateescape')).hexdigest()
 
 
 def fault_table(faults: Sequence[Fault]) -> str:

@@ -12,21 +12,13 @@ from deepseek_jax.data.media.caption_file import (
   from_sidecar,
   normal,
 )
-from deepseek_jax.data.media.decode import Sizes, kind_of
-from deepseek_jax.data.media.files import (
-  FileRecords,
-  Item,
-  check_file_source,
-  file_forms,
-  hashed,
-  open_files,
-  stamp,
-)
-from deepseek_jax.data.media.record import Fault, Form, UnreadableError
+from deepseek_jax.data.media.decode import kind_of
+from deepseek_jax.data.media.files import Item, MediaFiles
+from deepseek_jax.data.media.record import Fault, UnreadableError
 
 
 @dataclasses.dataclass(frozen=True)
-class MediaFolder:
+class MediaFolder(MediaFiles):
   """A folder, and those in it, of media with captions.
 
   The caption of `a/b.png` is in `a/b.txt`, in `a/b.json` (`{"caption": …}`), or in a table of any
@@ -45,40 +37,17 @@ class MediaFolder:
   path: str
   _: dataclasses.KW_ONLY
   kinds: tuple[str, ...] = ('image',)
-  sizes: Sizes = Sizes()
-  heldout_fraction: float = 0.1
-  longest: int = 1000
-
-  def __post_init__(self):
-    if errors := check_file_source(self):
-      raise ConfigError(errors)
-
-  @property
-  def forms(self) -> dict[str, Form]:
-    """What the arrays are."""
-    return file_forms(self)
-
-  def holds(self, kind: str) -> int:
-    """Media of a kind that a document has, at most: one."""
-    return int(kind in self.kinds)
-
-  def fingerprint(self) -> str:
-    """Hexadecimal hash of all names, sizes and times, and of what is done with the files."""
-    return hashed(f'media folder 1 {self!r}', [stamp(path) for path in self._paths()])
-
-  def open(self, cache_dir: pathlib.Path) -> FileRecords:
-    """Decodes every medium once, or opens what an earlier run found out.
-
-    Raises:
-      ConfigError: there is no such folder, nothing in it can be used, or a library is missing.
-    """
-    return open_files(self, cache_dir)
 
   def read(self, where: tuple) -> bytes:
     """The bytes of a file."""
     return pathlib.Path(where[0]).read_bytes()
 
-  def _paths(self) -> list[pathlib.Path]:
+  def paths(self) -> list[pathlib.Path]:
+    """The files, sorted.
+
+    Raises:
+      ConfigError: there is no such folder.
+    """
     root = pathlib.Path(self.path)
     if not root.is_dir():
       raise ConfigError(f'MediaFolder.path: {self.path} is no folder')
@@ -91,7 +60,7 @@ class MediaFolder:
   def items(self) -> tuple[list[Item], list[Fault]]:
     """Media with a caption each, and what is left out."""
     root = pathlib.Path(self.path)
-    paths = self._paths()
+    paths = self.paths()
     table = CaptionTable(root=root, longest=self.longest)
     media, sidecars, faults = [], {}, []
     for path in paths:

@@ -282,6 +282,34 @@ class MediaSplit:
           self._write(writer, line, piece.tolist())
     return writer.batch()
 
+  def alone(self, documents: Iterable[int]) -> Batch:
+    """Some documents as a batch, each at the start of a row of its own; of a long text its start.
+
+    Args:
+      documents: their indices; -1 gives a row of padding only.
+
+    Raises:
+      IndexError: a document is outside the split.
+    """
+    documents = [int(i) for i in documents]
+    # Room for the media of one document: what attends to them attends to nothing else.
+    shapes = {
+      kind: dataclasses.replace(
+        shape, values=(max(s.source.holds(kind) for s in self.config.shares), *shape.values[1:])
+      )
+      for kind, shape in self.config.media.items()
+    }
+    writer = RowWriter(len(documents), self.length, shapes)
+    for line, document in enumerate(documents):
+      if not -1 <= document < self.documents:
+        raise IndexError(f'document {document} is outside the {self.documents} of {self.name}')
+      if document >= 0:
+        k = int(np.searchsorted(self.starts, document, side='right')) - 1
+        index = document - int(self.starts[k])
+        start, end = self.sources[k].documents.offsets[index : index + 2].tolist()
+        self._write(writer, line, [k, start, min(end - start - 1, self.length), index])
+    return writer.batch()
+
   def _write(self, writer: RowWriter, line: int, piece: list[int]) -> None:
     """Adds a piece of a document to a row."""
     k, start, count, document = piece

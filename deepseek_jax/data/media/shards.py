@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import glob
 import os
 import pathlib
 import tarfile
@@ -10,23 +9,14 @@ from typing import Any
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.media.caption_file import SIDECARS, checked, from_sidecar
-from deepseek_jax.data.media.decode import EXTENSIONS, Sizes, kind_of
-from deepseek_jax.data.media.files import (
-  FileRecords,
-  Item,
-  check_file_source,
-  file_forms,
-  hashed,
-  open_files,
-  read_range,
-  stamp,
-)
+from deepseek_jax.data.media.decode import EXTENSIONS, kind_of
+from deepseek_jax.data.media.files import FileRecords, Item, MatchingFiles, read_range
 from deepseek_jax.data.media.optional import need
-from deepseek_jax.data.media.record import Fault, Form, UnreadableError
+from deepseek_jax.data.media.record import Fault, UnreadableError
 
 
 @dataclasses.dataclass(frozen=True)
-class TarShards:
+class TarShards(MatchingFiles):
   """Plain tar files in the layout of WebDataset: what belongs together has one name up to a dot.
 
   `0001.jpg`, `0001.wav` and `0001.txt` (or `.json` with a `caption`) are one document of a picture,
@@ -40,41 +30,10 @@ class TarShards:
     longest: letters that a caption may have.
   """
 
-  pattern: str
+  ENDING = '.tar'
+
   _: dataclasses.KW_ONLY
   kinds: tuple[str, ...] = ('image',)
-  sizes: Sizes = Sizes()
-  heldout_fraction: float = 0.1
-  longest: int = 1000
-
-  def __post_init__(self):
-    errors = check_file_source(self)
-    if not self.pattern:
-      errors.append("TarShards.pattern: expected a path or a glob of .tar files, found ''")
-    if errors:
-      raise ConfigError(errors)
-
-  @property
-  def forms(self) -> dict[str, Form]:
-    """What the arrays are."""
-    return file_forms(self)
-
-  def holds(self, kind: str) -> int:
-    """Media of a kind that a document has, at most: one."""
-    return int(kind in self.kinds)
-
-  def fingerprint(self) -> str:
-    """Hexadecimal hash of names, sizes and times, and of what is done with the files."""
-    paths = matching(self.pattern, ('.tar',), 'TarShards.pattern')
-    return hashed(f'tar shards 1 {self!r}', [stamp(path) for path in paths])
-
-  def open(self, cache_dir: pathlib.Path) -> FileRecords:
-    """Decodes every medium once, or opens what an earlier run found out.
-
-    Raises:
-      ConfigError: no shard matches, nothing in them can be used, or a library is missing.
-    """
-    return open_files(self, cache_dir)
 
   def read(self, where: tuple) -> bytes:
     """The bytes of a member."""
@@ -84,7 +43,7 @@ class TarShards:
     """Samples with a caption, and what is left out."""
     items: list[Item] = []
     faults: list[Fault] = []
-    for path in matching(self.pattern, ('.tar',), 'TarShards.pattern'):
+    for path in self.paths():
       samples: dict[str, dict[str, tuple[int, int]]] = {}
       for key, ending, start, size in self._members(path, faults):
         parts = samples.setdefault(key, {})
@@ -149,26 +108,8 @@ def _place(member: tarfile.TarInfo) -> tuple[int, int]:
   return member.offset_data, member.size
 
 
-def matching(pattern: str, endings: tuple[str, ...], field: str) -> list[pathlib.Path]:
-  """The files that match, sorted.
-
-  Raises:
-    ConfigError: there are none, or one has another ending.
-  """
-  paths = [pathlib.Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-  if not paths:
-    raise ConfigError(f'{field}: no file matches {pattern!r}')
-  wrong = [str(path) for path in paths if path.suffix.lower() not in endings]
-  if wrong:
-    raise ConfigError(
-      f'{field}: expected files that end in {" or ".join(endings)} (not compressed), found '
-      f'{", ".join(wrong[:3])}'
-    )
-  return paths
-
-
 @dataclasses.dataclass(frozen=True)
-class ParquetFiles:
+class ParquetFiles(MatchingFiles):
   """Tables of media and captions; needs pyarrow (extra `media`).
 
   A medium is a column of bytes, or of `{bytes, path}` as in the tables of the Hugging Face hub.
@@ -184,41 +125,18 @@ class ParquetFiles:
     longest: letters that a caption may have.
   """
 
-  pattern: str
+  ENDING = '.parquet'
+
   _: dataclasses.KW_ONLY
   kind: str = 'image'
   medium: str = 'image'
   caption: str = 'caption'
   ending: str = ''
-  sizes: Sizes = Sizes()
-  heldout_fraction: float = 0.1
-  longest: int = 1000
-
-  def __post_init__(self):
-    errors = check_file_source(self)
-    if not self.pattern:
-      errors.append("ParquetFiles.pattern: expected a path or a glob of .parquet files, found ''")
-    if errors:
-      raise ConfigError(errors)
 
   @property
   def kinds(self) -> tuple[str, ...]:
     """The one kind."""
     return (self.kind,)
-
-  @property
-  def forms(self) -> dict[str, Form]:
-    """What the arrays are."""
-    return file_forms(self)
-
-  def holds(self, kind: str) -> int:
-    """Media of a kind that a document has: one."""
-    return int(kind == self.kind)
-
-  def fingerprint(self) -> str:
-    """Hexadecimal hash of names, sizes and times, and of what is done with the files."""
-    paths = matching(self.pattern, ('.parquet',), 'ParquetFiles.pattern')
-    return hashed(f'parquet 1 {self!r}', [stamp(path) for path in paths])
 
   def open(self, cache_dir: pathlib.Path) -> FileRecords:
     """Decodes every medium once, or opens what an earlier run found out.
@@ -227,7 +145,7 @@ class ParquetFiles:
       ConfigError: pyarrow is missing, no file matches, or nothing in them can be used.
     """
     need('pyarrow', 'ParquetFiles')
-    return open_files(self, cache_dir)
+    return super().open(cache_dir)
 
   def read(self, where: tuple) -> bytes:
     """The bytes of a medium."""
@@ -245,7 +163,7 @@ class ParquetFiles:
 
     items: list[Item] = []
     faults: list[Fault] = []
-    for path in matching(self.pattern, ('.parquet',), 'ParquetFiles.pattern'):
+    for path in self.paths():
       try:
         table = pyarrow.parquet.ParquetFile(path)
         missing = {self.medium, self.caption} - set(table.schema_arrow.names)

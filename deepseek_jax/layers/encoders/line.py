@@ -1,5 +1,6 @@
 """Convolutional stems for what runs along one line: text, and the spectra of sound."""
 
+import abc
 import dataclasses
 
 import flax.linen as nn
@@ -59,7 +60,46 @@ class LineStem(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Text1D:
+class Line(abc.ABC):
+  """What encoders along a line have in common.
+
+  Attributes:
+    width: channels of the encoder's stream.
+    depth: layers.
+    attention: attention of every layer; with `rope=Axial()` it knows the order.
+    feed_forward: feed-forward of every layer.
+    merge: neighbouring places that become one token of the decoder.
+    norm: norm before each sublayer and at the end.
+    position: what is added for a place, or None.
+    bias: offsets of the convolutions, or None.
+  """
+
+  width: int
+  depth: int
+  attention: Bidirectional
+  feed_forward: SwiGLU | MLP
+  merge: int = 1
+  norm: RMSNorm | LayerNorm = RMSNorm()
+  position: Learned | None = Learned()
+  bias: Bias | None = None
+
+  @property
+  @abc.abstractmethod
+  def patches(self) -> int:
+    """Places N of a medium: tokens of the encoder."""
+
+  @property
+  def slots(self) -> int:
+    """Tokens of the decoder that a medium takes the place of."""
+    return self.patches // self.merge
+
+  def join(self, tokens: Tokens) -> Tokens:
+    """Joins neighbours, [R, N, W] to [R, slots, merge · W]."""
+    return join_line(tokens, self.merge)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text1D(Line):
   """An encoder of passages of text that are not the row's own: embedding, convolutions, layers.
 
   Attributes:
@@ -76,17 +116,9 @@ class Text1D:
     bias: offsets of the convolutions, or None.
   """
 
-  width: int
-  depth: int
-  attention: Bidirectional
-  feed_forward: SwiGLU | MLP
   vocab: int
   length: int = 64
   stride: int = 1
-  merge: int = 1
-  norm: RMSNorm | LayerNorm = RMSNorm()
-  position: Learned | None = Learned()
-  bias: Bias | None = None
 
   def __post_init__(self):
     sizes = ('vocab', 'length', 'stride', 'merge', 'width', 'depth')
@@ -102,11 +134,6 @@ class Text1D:
     return self.length // self.stride
 
   @property
-  def slots(self) -> int:
-    """Tokens of the decoder that a passage takes the place of."""
-    return self.patches // self.merge
-
-  @property
   def medium(self) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a passage."""
     return (self.length,), 'int32'
@@ -119,10 +146,6 @@ class Text1D:
   def stem(self, dtype: DTypeLike, name: str | None = None) -> nn.Module:
     """Returns the module that makes the encoder's tokens."""
     return TextStem(self, dtype, name=name)
-
-  def join(self, tokens: Tokens) -> Tokens:
-    """Joins neighbours, [R, N, W] to [R, slots, merge · W]."""
-    return join_line(tokens, self.merge)
 
 
 class TextStem(nn.Module):
@@ -142,7 +165,7 @@ class TextStem(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Waveform:
+class Waveform(Line):
   """An encoder of sound: spectra of short frames in mel bands, convolutions, bidirectional layers.
 
   Each frame ends with the newest samples, so that a sound can be encoded while it comes in.
@@ -165,19 +188,11 @@ class Waveform:
   Source: Radford et al., arXiv 2212.04356, section 2.2.
   """
 
-  width: int
-  depth: int
-  attention: Bidirectional
-  feed_forward: SwiGLU | MLP
   samples: int = 16_000
   rate: int = 16_000
   window: int = 400
   hop: int = 160
   bands: int = 80
-  merge: int = 1
-  norm: RMSNorm | LayerNorm = RMSNorm()
-  position: Learned | None = Learned()
-  bias: Bias | None = None
 
   def __post_init__(self):
     sizes = ('samples', 'rate', 'window', 'hop', 'bands', 'merge', 'width', 'depth')
@@ -198,11 +213,6 @@ class Waveform:
     return self.samples // self.hop // STRIDE
 
   @property
-  def slots(self) -> int:
-    """Tokens of the decoder that a sound takes the place of."""
-    return self.patches // self.merge
-
-  @property
   def medium(self) -> tuple[tuple[int, ...], str]:
     """Shape and dtype of a sound."""
     return (self.samples,), 'float32'
@@ -215,10 +225,6 @@ class Waveform:
   def stem(self, dtype: DTypeLike, name: str | None = None) -> nn.Module:
     """Returns the module that makes the encoder's tokens."""
     return WaveformStem(self, dtype, name=name)
-
-  def join(self, tokens: Tokens) -> Tokens:
-    """Joins neighbours, [R, N, W] to [R, slots, merge · W]."""
-    return join_line(tokens, self.merge)
 
 
 STRIDE = 2

@@ -7,11 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.layers.context import MODALITIES, Context
-from deepseek_jax.layers.moe.interface import Assignment, Limits
-from deepseek_jax.layers.moe.router.logits import expert_logits
-from deepseek_jax.layers.moe.router.sigmoid import Sigmoid
+from deepseek_jax.layers.moe.router.sigmoid import Sigmoid, SigmoidRouter
 from deepseek_jax.layers.weights import buffer
-from deepseek_jax.ops.routing import group_limited_top_k, renormalise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,29 +44,10 @@ class ModalityBias(nn.Module):
     return buffer(self, 'selection_bias', shape, (None, None))[modality.reshape(-1)]
 
 
-class ModalityRouter(nn.Module):
+class ModalityRouter(SigmoidRouter):
   """[B, T, D] -> `Assignment` of N = B·T tokens."""
 
-  config: ModalitySigmoid
-  experts: int
-  top_k: int
-
-  @nn.compact
-  def __call__(self, x: jax.Array, context: Context, limits: Limits | None = None) -> Assignment:
-    """Routes `x` [B, T, D]."""
-    c, limits = self.config, limits or Limits()
-    logits, deciding = expert_logits(self, x, self.experts, c.noise, limits)
-    scores = jax.nn.sigmoid(logits)
+  def selection_bias(self, context: Context) -> jax.Array:
+    """Returns what is added to the scores that decide: [N, E] float32."""
     modality = jnp.zeros_like(context.tokens) if context.modality is None else context.modality
-    experts, picked = group_limited_top_k(
-      scores,
-      jax.nn.sigmoid(deciding) + ModalityBias(self.experts, name='modality')(modality),
-      groups=c.groups,
-      kept_groups=c.kept_groups,
-      top_k=self.top_k,
-      allowed=limits.allowed,
-      count=limits.top_k,
-    )
-    return Assignment(
-      experts=experts, weights=renormalise(picked, c.scale), scores=scores, logits=logits
-    )
+    return ModalityBias(self.experts, name='modality')(modality)

@@ -57,6 +57,11 @@ class SigmoidRouter(nn.Module):
   experts: int
   top_k: int
 
+  def selection_bias(self, context: Context) -> jax.Array:
+    """Returns what is added to the scores that decide: float32 [E], or [N, E]."""
+    del context
+    return buffer(self, 'selection_bias', (self.experts,), (None,))
+
   @nn.compact
   def __call__(self, x: jax.Array, context: Context, limits: Limits | None = None) -> Assignment:
     """Routes `x` [B, T, D]."""
@@ -65,7 +70,7 @@ class SigmoidRouter(nn.Module):
     scores = jax.nn.sigmoid(logits)
     experts, picked = group_limited_top_k(
       scores,
-      jax.nn.sigmoid(deciding) + buffer(self, 'selection_bias', (self.experts,), (None,)),
+      jax.nn.sigmoid(deciding) + self.selection_bias(context),
       groups=c.groups,
       kept_groups=c.kept_groups,
       top_k=self.top_k,
