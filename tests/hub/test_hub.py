@@ -69,6 +69,7 @@ def test_text_goes_on(workdir):
   assert model.generator.complete(['The '], max_new_tokens=8, sampler=Sample(), seed=1) == [text]
 
 
+@pytest.mark.slow
 def test_drafts_need_modules(workdir):
   """A model without them says so at once; one with them gives the same text."""
   model = from_pretrained(workdir)
@@ -131,6 +132,7 @@ def test_wrong_changes_are_refused(workdir):
     from_pretrained(workdir).replace(depht=3)
 
 
+@pytest.mark.slow
 def test_training_goes_on(workdir, cache_dir):
   """Losses fall from that of the weights; the model they started from stays whole."""
   # Two layers compile sooner than five.

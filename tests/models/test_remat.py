@@ -101,6 +101,7 @@ def test_more_scales_are_more_precise(run):
   assert errors[2] < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16(run):
   """Rounding to 8 bits is beside the rounding of bfloat16 itself."""
   got, want, exact = run(Compressed(), 'bfloat16'), run(None, 'bfloat16'), run(None)

@@ -72,7 +72,7 @@ def error(got, want):
 @pytest.mark.parametrize(
   ('layout', 'microbatches'),
   [
-    ('fsdp', 1),
+    pytest.param('fsdp', 1, marks=pytest.mark.slow),
     pytest.param('tensor', 1, marks=pytest.mark.slow),
     pytest.param('single', 2, marks=pytest.mark.slow),
   ],
@@ -89,6 +89,7 @@ def test_a_mesh_changes_nothing(layout, microbatches):
   jax.tree.map(np.testing.assert_array_equal, metrics['observed'], metrics_1['observed'])
 
 
+@pytest.mark.slow
 def test_rounding_is_larger_than_the_bound_above():
   """Otherwise rounding could be missing from one side unseen."""
   (rounded, metrics), (exact, metrics_1) = (

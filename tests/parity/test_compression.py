@@ -154,7 +154,7 @@ def assert_same(found: Any, expected: Any, tolerance: float = TOLERANCE, where: 
 CASES = [
   ('hybrid', 1),
   pytest.param('hybrid', 2, marks=pytest.mark.slow),
-  ('expert', 1),
+  pytest.param('expert', 1, marks=pytest.mark.slow),
   pytest.param('tensor', 1, marks=pytest.mark.slow),
   pytest.param('replicas', 1, marks=pytest.mark.slow),
 ]

@@ -51,8 +51,7 @@ ROWS, LENGTH = 8, 32
 TOLERANCE = 1e-5
 
 OFTEN = {
-  'mla': ('fsdp', 'tensor', 'expert'),
-  'caption': ('expert',),
+  'mla': ('tensor', 'expert'),
 }
 """Under which presets a kind is run every time; all else is slow."""
 

@@ -112,6 +112,7 @@ def happened(run: pathlib.Path) -> list[str]:
   return [row['event'] for row in JsonLines(run / 'events.jsonl').read()]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_a_failing_run_stops_nothing(write_question, flags, tmp_path):
   question, out = write_question(MIXED), tmp_path / 'out'
   process = start(question, *flags)

@@ -197,6 +197,7 @@ def test_one_clear_message_and_nothing_written(changes, message, tmp_path, cache
   assert not (workdir / 'checkpoints').exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_model_is_refused(text, tmp_path, cache_dir):
   workdir = tmp_path / 'run'
   finish(start('train', *arguments(text, cache_dir, workdir)))

@@ -258,6 +258,7 @@ def test_a_run_outlives_a_disk_that_is_full_for_a_while(noticed, text, small_dis
   assert [step for step, _ in losses(folder)] == list(range(1, 9))
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_and_loses_nothing(
   noticed, text, small_disk, cache_dir
 ):

@@ -185,6 +185,7 @@ def test_growth():
   assert np.any(before[:, :4] < 0)
 
 
+@pytest.mark.slow
 def test_buffers_are_regrouped():
   """Layer by layer and back, as for another grouping: counts of a layer are single numbers."""
   state, model = grown()[0].state, experiment('one device').model

@@ -76,6 +76,7 @@ def errors(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> np.
   )
 
 
+@pytest.mark.slow
 def test_scaled_gradients_are_those_of_float32():
   """Every weight's gradient, to float16's 11 bits; and the reported losses are not scaled."""
   scalars, expected = gradients('float32', None)

@@ -296,6 +296,7 @@ def whole_state(config, path: pathlib.Path, step: int):
   return jax.device_get(Checkpoints(path / 'checkpoints').restore(abstract, step).state)
 
 
+@pytest.mark.slow
 def test_faults_are_written_and_a_resumed_run_is_the_same_to_the_bit(
   text, tmp_path, cache_dir, poisoned
 ):

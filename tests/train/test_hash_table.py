@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from configs import tiny_mla
 from deepseek_jax.core.override import override
@@ -26,6 +27,7 @@ def tables(buffers):
   return [np.asarray(table) for table in found.values()]
 
 
+@pytest.mark.slow
 def test_a_table_is_made_kept_saved_and_regrouped(tmp_path):
   rng = np.random.default_rng(0)
   table = np.argsort(rng.random((264, 8)), axis=1)[:, :2]

@@ -120,6 +120,7 @@ def test_the_same_model_is_loaded_whole(saved):
   assert not any(np.any(leaf) for tree in moments(state) for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_another_depth_grouping_attention_mesh_and_vocabulary(saved, tmp_path):
   """What agrees is taken, layer by layer; every other address is named."""
   origin, state, config = begin(

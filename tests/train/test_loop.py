@@ -158,6 +158,7 @@ def test_sigterm_saves_and_the_rest_is_the_same(whole, text, tmp_path, cache_dir
   jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
+@pytest.mark.slow
 def test_resume_on_another_mesh(whole, text, tmp_path, cache_dir):
   shutil.copytree(whole, tmp_path / 'moved')
   path = tmp_path / 'moved'

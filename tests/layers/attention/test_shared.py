@@ -133,6 +133,7 @@ def test_packed_documents_in_blocks(name, monkeypatch):
     np.testing.assert_allclose(a[1], b[3], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_indexer_learns_what_attention_does():
   """Its loss is the KL from the attention to the chosen entries, and moves its weights alone."""
   context = packed_context([(LENGTH,), (20, 9)])

@@ -139,8 +139,8 @@ def assert_same(found, expected):
 
 
 FOUR = MeshConfig(data=2, seq=4)
-OFTEN = ('mla', 'dsa', 'far_window', 'hca')
-"""Kinds that are run every time: keys of all, chosen ones, those beside, and entries."""
+OFTEN = ('mla', 'dsa', 'hca')
+"""Kinds that are run every time: keys of all, chosen ones, and entries."""
 CASES = [
   pytest.param(kind, parallel, FOUR, marks=[] if kind in OFTEN else [pytest.mark.slow])
   for parallel, fitting in ((RING, KINDS), (GATHER, DENSE), (ZIGZAG, ANY_ORDER))
