@@ -6,7 +6,6 @@ python scripts/sweep.py --experiment=experiments/image_text/sweep.py --output=ru
 from configs import image_text
 from deepseek_jax.core.override import override
 from deepseek_jax.core.sweep import Sweep, chain, product, seeds
-from deepseek_jax.layers.encoders.contrast import SigLIP
 from deepseek_jax.layers.encoders.projection import SeparateProjection
 from deepseek_jax.train.experiment import Experiment
 
@@ -20,7 +19,7 @@ def base() -> Experiment:
   """
   changes = {
     'name': 'image_text',
-    'train_steps': 600,
+    'train_steps': 400,
     'cadence.evaluate': 200,
     'cadence.save': 200,
     'model.projection': SeparateProjection(),
@@ -30,15 +29,7 @@ def base() -> Experiment:
 
 
 def variants() -> Sweep:
-  """Returns ours, ours without the captions' own loss, and the loss of SigLIP."""
+  """Returns the plain pair, and one with the shared projection and the captions' own loss."""
   model = image_text.get_config().model
-  shared = {'model.projection': model.projection}
-  return product(
-    chain(
-      plain={},
-      shared=shared,
-      shared_and_words={**shared, 'model.text_weight': model.text_weight},
-      pairwise={'model.loss': SigLIP()},
-    ),
-    seeds(3),
-  )
+  ours = {'model.projection': model.projection, 'model.text_weight': model.text_weight}
+  return product(chain(plain={}, shared=ours), seeds(3))
