@@ -15,7 +15,8 @@
     runs          seed → {status, step, reason, figures, curve}
 
 A run's status is `finished`, `diverged`, `failed` or `unfinished`. `figures` are numbers of the
-last evaluation and of the last twentieth of training; `curve` is two columns.
+last evaluation and of the last twentieth of training, and where `scripts/evaluate.py` has measured
+a run on media, means over its sources of what it wrote; `curve` is two columns.
 """
 
 import dataclasses
@@ -206,7 +207,7 @@ def _run(trial: Trial, history: History | None, figure: str) -> Run:
     )
   kind: str = status.kind if status.kind in ('finished', 'failed') else 'unfinished'
   reason = status.reason
-  figures = _figures(history) if kind == 'finished' else {}
+  figures = _figures(history) | _media_figures(trial) if kind == 'finished' else {}
   fault = _divergence(history, status.reason, figures if kind == 'finished' else None, figure)
   if fault is not None:
     kind, reason = 'diverged', fault
@@ -256,6 +257,17 @@ def _figures(history: History) -> dict[str, float]:
   if np.isfinite(speeds).any():
     found['tokens_per_second'] = float(np.nanmedian(speeds))
   return {name: float(value) for name, value in found.items() if math.isfinite(value)}
+
+
+def _media_figures(trial: Trial) -> dict[str, float]:
+  """Means over the sources of `media.json`, which is there where a run was measured on media."""
+  path = trial.workdir.path / 'media.json'
+  if not path.exists():
+    return {}
+  sources = list(json.loads(path.read_text(encoding='utf-8'))['sources'].values())
+  names = {name for source in sources for name in source}
+  found = {name: [source[name] for source in sources if name in source] for name in sorted(names)}
+  return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def _curve(history: History) -> dict[str, list[float]]:

@@ -27,6 +27,13 @@ FIGURES: Mapping[str, str] = {
   'dead_experts': 'dead experts, share, highest layer',
   'load_entropy': 'entropy of the load, lowest layer',
   'tokens_per_second': 'tokens per second',
+  'exact': 'held-out answers written to the letter, share',
+  'shuffled_exact': 'the same with media of another row, share',
+  'f1': 'agreement of words written with the true ones, F1',
+  'shuffled_f1': 'the same with media of another row, F1',
+  'recall_1': 'own text nearest to a medium, share',
+  'recall_5': 'own text among the five nearest to a medium, share',
+  'matching': 'own text nearer than one other, share',
 }
 
 
