@@ -321,6 +321,7 @@ def _numbers(run: _Run, step: int, metrics: Metrics) -> dict[str, Any]:
     **row,
     **report.expert_figures(loads, biases, drops),
     **report.lifecycle_figures(buffers, run.experiment.segments),
+    **report.modality_figures(observed, run.experiment.segments),
     **report.attention_figures(observed, run.experiment.segments),
   }
 

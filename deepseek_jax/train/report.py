@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.core.tree import flatten, unflatten
+from deepseek_jax.layers.context import MODALITIES
 from deepseek_jax.layers.moe import breaker, growth
 from deepseek_jax.models.decoder import canonical, layer_of
 from deepseek_jax.models.plan import Segment
@@ -89,6 +90,27 @@ def expert_figures(
   if drops:
     figures['drop_rate'] = [round(rate, 6) for rate in drops.values()]
   return figures
+
+
+def modality_figures(observed: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, Any]:
+  """Returns what a log says of the experts that each kind of media goes to.
+
+  Args:
+    observed: the collection of one step, as NumPy arrays.
+    segments: the plan of the stack.
+
+  Returns:
+    `modality_load`: by layer, the shares of each modality's choices, by expert; modalities that did
+    not come are left out. Nothing where a model has none but text.
+  """
+  found = {}
+  for address, load in _by_layer(observed, segments, 'router/modality/load').items():
+    shares = {
+      kind: (row / row.sum()).round(5).tolist() for kind, row in zip(MODALITIES, load) if row.any()
+    }
+    if shares.keys() - {'text'}:
+      found[address] = shares
+  return {'modality_load': found} if found else {}
 
 
 def lifecycle_figures(buffers: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, Any]:

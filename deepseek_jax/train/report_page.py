@@ -20,7 +20,7 @@ from deepseek_jax.train.history import (
 )
 from deepseek_jax.train.page import curves, markup
 from deepseek_jax.train.page.chart import draw
-from deepseek_jax.train.page.heat import draw_loads, load_figures
+from deepseek_jax.train.page.heat import draw_loads, load_figures, modality_table
 from deepseek_jax.train.page.samples import draw_samples
 
 MOST_FAULTS = 200
@@ -153,6 +153,9 @@ def _experts(history: History) -> str:
   headers = ('layer', 'busiest × equal share', 'dead experts', 'steps with dead', 'entropy')
   caption = 'At the last logged step'
   table = markup.table(headers, rows, caption, numeric=4)
+  if media := modality_table(history.rows):
+    headers = ('layer', 'modality', 'busiest × equal share', 'choices that text does not share')
+    table += markup.table(headers, media, 'By modality, at the last logged step', numeric=2)
   return f'<div class="charts">{picture}{charts}</div>{table}'
 
 

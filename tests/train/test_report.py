@@ -8,7 +8,13 @@ import pytest
 from configs import tiny_mla
 from deepseek_jax.models.decoder import plan_segments
 from deepseek_jax.models.plan import unroll
-from deepseek_jax.train.report import drop_rates, expert_figures, layer_biases, layer_loads
+from deepseek_jax.train.report import (
+  drop_rates,
+  expert_figures,
+  layer_biases,
+  layer_loads,
+  modality_figures,
+)
 
 LOADS = {'1': [4.0, 0.0, 0.0, 0.0], '2': [1.0, 1.0, 1.0, 1.0], '3': [0.0, 3.0, 1.0, 0.0]}
 MTP_LOAD = [2.0, 2.0, 0.0, 0.0]
@@ -90,3 +96,20 @@ def test_a_batch_of_padding():
   figures = expert_figures({'layers/0': np.zeros(2)}, {}, {})
   assert figures['load'] == {'layers/0': [0.0, 0.0]}
   assert figures['max_violation'] == [0.0]
+
+
+def test_loads_by_modality():
+  """Shares of each modality that came, by layer; of text alone nothing is said."""
+  model = dataclasses.replace(tiny_mla.get_config().model, depth=1, dense_layers=0)
+  segments = plan_segments(model)
+
+  def observed(*loads):
+    load = np.zeros((5, 4), np.float32)
+    load[: len(loads)] = loads
+    router = {'load': load.sum(axis=0), 'modality': {'load': load}}
+    return {'stack': {'segment_0': {'block_0': {'feed_forward': {'router': router}}}}}
+
+  found = modality_figures(observed([1, 1, 2, 0], [0, 0, 0, 5]), segments)
+  shares = {'text': [0.25, 0.25, 0.5, 0.0], 'image': [0.0, 0.0, 0.0, 1.0]}
+  assert found == {'modality_load': {'layers/0': shares}}
+  assert modality_figures(observed([1, 1, 2, 0]), segments) == {}

@@ -203,3 +203,24 @@ def load_figures(rows: Rows) -> list[tuple[str, str, str, str, str]]:
     dead = f'{np.count_nonzero(last == 0)} of {len(last)}'
     found.append((short(layer), f'{last.max():.2f}', dead, f'{often:.0%}', f'{entropy:.3f}'))
   return found
+
+
+def modality_table(rows: Rows) -> list[tuple[str, str, str, str]]:
+  """A line for each layer and modality that came: which experts it went to.
+
+  Args:
+    rows: the rows of `metrics.jsonl`; the last with a `modality_load` counts.
+
+  Returns:
+    Layer, modality, busiest expert over an equal share, and the share of choices that would have
+    to go to other experts for the modality to be spread as text is.
+  """
+  last = next((row['modality_load'] for row in reversed(rows) if row.get('modality_load')), {})
+  found = []
+  for layer, loads in last.items():
+    text = np.array(loads['text']) if 'text' in loads else None
+    for kind, shares in loads.items():
+      own = np.array(shares)
+      apart = '—' if text is None or kind == 'text' else f'{np.abs(own - text).sum() / 2:.0%}'
+      found.append((short(layer), kind, f'{own.max() * len(own):.2f}', apart))
+  return found

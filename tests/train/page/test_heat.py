@@ -11,6 +11,7 @@ from deepseek_jax.train.page.heat import (
   colours,
   draw_loads,
   load_figures,
+  modality_table,
   png,
   resample,
   squeeze,
@@ -71,3 +72,15 @@ def test_dead_experts_are_counted():
   assert lines['mtp/0'] == ('1.00', '0 of 2', '0%', '1.000')
   assert 'Without a token at the end: 2 in layer 1.' in draw_loads(rows)
   assert draw_loads([{'step': 1}]) == ''
+
+
+def test_where_modalities_go():
+  """How crowded the busiest expert is, and how many choices go elsewhere than those of text."""
+  loads = {'text': [0.25, 0.25, 0.5, 0.0], 'image': [0.0, 0.0, 0.0, 1.0], 'video': [0.5, 0, 0.5, 0]}
+  rows = [{'step': 1, 'modality_load': {'layers/1': loads}}, {'step': 2}]
+  assert modality_table(rows) == [
+    ('1', 'text', '2.00', '—'),
+    ('1', 'image', '4.00', '100%'),
+    ('1', 'video', '2.00', '25%'),
+  ]
+  assert modality_table([{'step': 1}]) == []
