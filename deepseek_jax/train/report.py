@@ -100,17 +100,16 @@ def modality_figures(observed: dict[str, Any], segments: tuple[Segment, ...]) ->
     segments: the plan of the stack.
 
   Returns:
-    `modality_load`: by layer, the shares of each modality's choices, by expert; modalities that did
-    not come are left out. Nothing where a model has none but text.
+    `modality_load`: by layer and modality (`layers/1/image`), the shares of its choices, by expert;
+    modalities that did not come are left out. Nothing where a model has none but text.
   """
-  found = {}
+  found, media = {}, False
   for address, load in _by_layer(observed, segments, 'router/modality/load').items():
-    shares = {
-      kind: (row / row.sum()).round(5).tolist() for kind, row in zip(MODALITIES, load) if row.any()
-    }
-    if shares.keys() - {'text'}:
-      found[address] = shares
-  return {'modality_load': found} if found else {}
+    for kind, row in zip(MODALITIES, load):
+      if row.any():
+        found[f'{address}/{kind}'] = (row / row.sum()).round(5).tolist()
+        media |= kind != 'text'
+  return {'modality_load': found} if media else {}
 
 
 def lifecycle_figures(buffers: dict[str, Any], segments: tuple[Segment, ...]) -> dict[str, Any]:

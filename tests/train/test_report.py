@@ -110,6 +110,10 @@ def test_loads_by_modality():
     return {'stack': {'segment_0': {'block_0': {'feed_forward': {'router': router}}}}}
 
   found = modality_figures(observed([1, 1, 2, 0], [0, 0, 0, 5]), segments)
-  shares = {'text': [0.25, 0.25, 0.5, 0.0], 'image': [0.0, 0.0, 0.0, 1.0]}
-  assert found == {'modality_load': {'layers/0': shares}}
+  assert found == {
+    'modality_load': {
+      'layers/0/text': [0.25, 0.25, 0.5, 0.0],
+      'layers/0/image': [0.0, 0.0, 0.0, 1.0],
+    }
+  }
   assert modality_figures(observed([1, 1, 2, 0]), segments) == {}

@@ -217,10 +217,11 @@ def modality_table(rows: Rows) -> list[tuple[str, str, str, str]]:
   """
   last = next((row['modality_load'] for row in reversed(rows) if row.get('modality_load')), {})
   found = []
-  for layer, loads in last.items():
-    text = np.array(loads['text']) if 'text' in loads else None
-    for kind, shares in loads.items():
-      own = np.array(shares)
-      apart = '—' if text is None or kind == 'text' else f'{np.abs(own - text).sum() / 2:.0%}'
-      found.append((short(layer), kind, f'{own.max() * len(own):.2f}', apart))
+  for address, shares in last.items():
+    layer, _, kind = address.rpartition('/')
+    own, text = np.array(shares), last.get(f'{layer}/text')
+    apart = '—'
+    if text is not None and kind != 'text':
+      apart = f'{np.abs(own - np.array(text)).sum() / 2:.0%}'
+    found.append((short(layer), kind, f'{own.max() * len(own):.2f}', apart))
   return found

@@ -77,7 +77,8 @@ def test_dead_experts_are_counted():
 def test_where_modalities_go():
   """How crowded the busiest expert is, and how many choices go elsewhere than those of text."""
   loads = {'text': [0.25, 0.25, 0.5, 0.0], 'image': [0.0, 0.0, 0.0, 1.0], 'video': [0.5, 0, 0.5, 0]}
-  rows = [{'step': 1, 'modality_load': {'layers/1': loads}}, {'step': 2}]
+  named = {f'layers/1/{kind}': shares for kind, shares in loads.items()}
+  rows = [{'step': 1, 'modality_load': named}, {'step': 2}]
   assert modality_table(rows) == [
     ('1', 'text', '2.00', '—'),
     ('1', 'image', '4.00', '100%'),
