@@ -229,7 +229,7 @@ class SharedAttention(nn.Module):
       self,
       'output_down',
       shape,
-      ('heads', None, None),
+      ('heads', None, 'latent'),
       dtype=heads.dtype,
       inputs=2,
       gain=c.groups**0.5,
