@@ -55,6 +55,9 @@ OFTEN = {
 }
 """Under which presets a kind is run every time; all else is slow."""
 
+EXPERTS = 4
+"""Routed experts of every config here, at least."""
+
 SHORT = {'depth': 2, 'dense_layers': 0, 'mtp': None}
 
 LAYOUTS = {
@@ -127,6 +130,10 @@ def start(made: Program) -> TrainState:
       return generator.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
     if path[-1].key == 'selection_bias':
       return generator.normal(0, 0.05, leaf.shape).astype(np.float32)
+    if path[-1].key == 'table':
+      # Of a hash router: different experts for each token.
+      experts = np.tile(np.arange(EXPERTS, dtype=leaf.dtype), (*leaf.shape[:-1], 1))
+      return generator.permuted(experts, axis=-1)[..., : leaf.shape[-1]]
     return generator.normal(0, 0.2, leaf.shape).astype(np.float32)
 
   abstract = made.abstract_state
