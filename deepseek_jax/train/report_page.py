@@ -154,8 +154,8 @@ def _experts(history: History) -> str:
   caption = 'At the last logged step'
   table = markup.table(headers, rows, caption, numeric=4)
   if media := modality_table(history.rows):
-    headers = ('layer', 'modality', 'busiest × equal share', 'choices that text does not share')
-    table += markup.table(headers, media, 'By modality, at the last logged step', numeric=2)
+    names = ('layer', 'modality', 'busiest × equal share', 'choices that text does not share')
+    table += markup.table(names, media, 'By modality, at the last logged step', numeric=2)
   return f'<div class="charts">{picture}{charts}</div>{table}'
 
 

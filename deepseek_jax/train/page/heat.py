@@ -215,7 +215,8 @@ def modality_table(rows: Rows) -> list[tuple[str, str, str, str]]:
     Layer, modality, busiest expert over an equal share, and the share of choices that would have
     to go to other experts for the modality to be spread as text is.
   """
-  last = next((row['modality_load'] for row in reversed(rows) if row.get('modality_load')), {})
+  logged = (row['modality_load'] for row in reversed(rows) if row.get('modality_load'))
+  last: dict[str, list[float]] = next(logged, {})
   found = []
   for address, shares in last.items():
     layer, _, kind = address.rpartition('/')
