@@ -22,8 +22,9 @@ Prints bits per byte of the whole held-out text, and what five yardsticks need f
 For a run on captioned pictures: how well held-out captions are predicted from their own picture and
 from another one, and how many keywords of the model's own captions are right.
 For a run on media: how many held-out documents greedy decoding would write to the letter, and nats
-a token, with their own media and with those of another row, by source; of two towers, how often
-media find their text.
+a token, with their own media and with those of another row, and how well the words of greedy
+answers agree with the true ones, by source; of two towers, how often media find their text. The
+figures are in media.json, the answers in answers.json, which scripts/plot_media.py draws.
 For a run that learns to recall: how many answers are right, by how far back they lie.
 """
 
@@ -77,8 +78,9 @@ def main() -> None:
     print(caption_report(name, figures))
     return
   if isinstance(data, MediaData):
-    figures = measure_media(program.decoder, variables, data)
+    figures, written = measure_media(program.decoder, variables, data)
     write_json(workdir.path / 'media.json', {'step': step, 'sources': figures})
+    write_json(workdir.path / 'answers.json', {'step': step, 'answers': written})
     print(media_report(name, figures))
     return
   evaluate_text(name, evaluate(program, params, buffers, data.heldout), data, workdir, cache)

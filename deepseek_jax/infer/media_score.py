@@ -79,7 +79,9 @@ def answers(
   return Answers(*sums)
 
 
-def measure_media(decoder: Decoder, variables: Variables, data: MediaData) -> dict[str, Any]:
+def measure_media(
+  decoder: Decoder, variables: Variables, data: MediaData
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
   """Measures a model on all held-out documents of every source.
 
   Args:
@@ -93,8 +95,11 @@ def measure_media(decoder: Decoder, variables: Variables, data: MediaData) -> di
     of them `f1`, the mean agreement of the words of greedy answers with their own text,
     `shuffled_f1`, and `constant_f1` of the words that, always said, agree best. Of two towers
     `candidates`, `recall_1`, `recall_5` (of text by media), `matching` (own text above one other).
+    Then what was written: `source`, `document` (its index in the source's split), `given`, `text`,
+    `shuffled_text` and `reference` of each.
   """
-  found = {}
+  found: dict[str, dict[str, Any]] = {}
+  written: list[dict[str, Any]] = []
   for split, train in zip(data.by_source, data.train.sources, strict=True):
     name = split.sources[0].name
     if isinstance(decoder.config, Contrastive):
@@ -102,44 +107,60 @@ def measure_media(decoder: Decoder, variables: Variables, data: MediaData) -> di
       continue
     own = answers(decoder, variables, split)
     others = answers(decoder, variables, split, shuffled=True)
+    rows = write(decoder, variables, split, np.flatnonzero(own.tokens > 0))
+    written += [{'source': name, **row} for row in rows]
     found[name] = {
       'documents': int((own.tokens > 0).sum()),
       'exact': own.exact,
       'nats_per_token': own.nats_per_token,
       'shuffled_exact': others.exact,
       'shuffled_nats_per_token': others.nats_per_token,
-      **measure_written(decoder, variables, split, train, np.flatnonzero(own.tokens > 0)),
+      **agreements(rows, train),
     }
-  return found
+  return found, written
 
 
-def measure_written(
-  decoder: Decoder, variables: Variables, split: MediaSplit, train: OpenSource, answered: np.ndarray
-) -> dict[str, float]:
-  """Returns `f1`, `shuffled_f1` and `constant_f1` of a source; see `measure_media`.
+def write(
+  decoder: Decoder, variables: Variables, split: MediaSplit, answered: np.ndarray
+) -> list[dict[str, Any]]:
+  """Answers documents token by token, the likeliest each, with their own media and with others'.
 
   Args:
     decoder: the model.
     variables: its `params` and `buffers`.
-    split: held-out documents of one source.
-    train: the same source's training documents.
-    answered: [N] documents of which something is learnt; they are taken at equal distances.
+    split: of the documents.
+    answered: [N] those of which something is learnt; at most `WRITTEN` are taken, evenly.
   """
   count = min(len(answered), WRITTEN)
-  chosen = answered[np.arange(count) * len(answered) // count].tolist()
-  true = [words_of(split.record(document).learnt) for document in chosen]
+  chosen = answered[np.arange(count) * len(answered) // max(count, 1)].tolist()
   texts = write_answers(decoder, variables, split, chosen)
   strange = write_answers(decoder, variables, split, chosen, shuffled=True)
-  known = [
-    words_of(record.learnt) for record in itertools.islice(train.records.walk('train'), 4000)
-  ]
-  constant = best_constant(known)
+  rows = []
+  for document, text, other in zip(chosen, texts, strange):
+    record = split.record(document)
+    row = {'document': document, 'given': record.given, 'text': text, 'shuffled_text': other}
+    rows.append({**row, 'reference': record.learnt})
+  return rows
+
+
+def agreements(rows: list[dict[str, Any]], train: OpenSource) -> dict[str, float]:
+  """Returns `f1`, `shuffled_f1` and `constant_f1` of what `write` returns; see `measure_media`.
+
+  Args:
+    rows: at least one.
+    train: the same source's training documents, of which the constant is made.
+  """
+  true = [words_of(row['reference']) for row in rows]
+  records = itertools.islice(train.records.walk('train'), 4000)
+  constant = best_constant([words_of(record.learnt) for record in records])
+
+  def mean(texts: list[frozenset[str]]) -> float:
+    return float(np.mean([agreement(text, own) for text, own in zip(texts, true, strict=True)]))
+
   return {
-    'f1': float(np.mean([agreement(words_of(text), own) for text, own in zip(texts, true)])),
-    'shuffled_f1': float(
-      np.mean([agreement(words_of(text), own) for text, own in zip(strange, true)])
-    ),
-    'constant_f1': float(np.mean([agreement(constant, own) for own in true])),
+    'f1': mean([words_of(row['text']) for row in rows]),
+    'shuffled_f1': mean([words_of(row['shuffled_text']) for row in rows]),
+    'constant_f1': mean([constant] * len(rows)),
   }
 
 

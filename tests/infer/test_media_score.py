@@ -71,16 +71,20 @@ def test_media_of_another_row(made):
 def test_figures(made, cache_dir):
   """One entry a source; of two towers, an untrained one finds about what chance finds."""
   data, decoder, variables = made
-  figures = measure_media(decoder, variables, data)
+  figures, written = measure_media(decoder, variables, data)
   assert set(figures) == {'Questions'}
   assert figures['Questions']['documents'] == 9
+  assert [row['document'] for row in written] == list(range(9))
+  same = [row['text'] == row['reference'] for row in written]
+  assert figures['Questions']['exact'] == np.mean(same)
+  assert all(0 <= figures['Questions'][name] <= 1 for name in ('f1', 'shuffled_f1', 'constant_f1'))
   experiment = image_text.get_config()
   source = experiment.data.source.shares[1].source
   source = dataclasses.replace(source, made=Made(train=20, heldout=8))
   pairs = dataclasses.replace(experiment.data, source=source, batch_size=4).prepare(cache_dir)
   towers = experiment.model.build()
   weights = nn.meta.unbox(jax.jit(lambda k: init_variables(towers, k))(jax.random.key(0)))
-  found = measure_media(towers, weights, pairs)['Scenes']
+  found = measure_media(towers, weights, pairs)[0]['Scenes']
   assert 2 <= found['candidates'] <= 8
   assert 0 <= found['recall_1'] <= found['recall_5'] <= 1
   assert 0 <= found['matching'] <= 1
