@@ -178,7 +178,9 @@ class _Walk:
         for body in self.module.inner(instruction):
           self._nest(tally, clock, body, 1)
       elif kind_of(instruction) is not None:
-        self._exchange(tally, clock, home, instruction)
+        self._exchange(tally, clock, home, instruction, instruction)
+      elif (aside := self._aside(home, instruction)) is not None:
+        self._exchange(tally, clock, *aside, instruction)
       elif op.endswith(('-done', '-update')):
         self._finish(tally, clock, instruction)
       else:
@@ -212,8 +214,29 @@ class _Walk:
     tally.seconds[key] = tally.seconds.get(key, 0.0) + spent
     clock.now += spent
 
+  def _aside(
+    self, home: Computation, instruction: Instruction
+  ) -> tuple[Computation, Instruction] | None:
+    """Returns the collective that is given to a core of its own here, and where it stands.
+
+    From tpu7x on most are: `custom-call-start` names the program, `custom-call-update` gives it the
+    operands, and `custom-call-done` waits.
+    """
+    if instruction.opcode != 'custom-call-update':
+      return None
+    start = home.by_name.get(instruction.operands[0])
+    for body in [] if start is None else self.module.inner(start, 'called'):
+      if kind_of(body.root) is not None:
+        return body, body.root
+    return None
+
   def _exchange(
-    self, tally: Tally, clock: '_Clock', home: Computation, instruction: Instruction
+    self,
+    tally: Tally,
+    clock: '_Clock',
+    home: Computation,
+    instruction: Instruction,
+    begins: Instruction,
   ) -> None:
     machine = self.machine
     found = read_collective(home, instruction, machine.sizes)
@@ -224,9 +247,9 @@ class _Walk:
     place = (axes, module_of(self.origins.label(instruction.name)), found.kind)
     tally.exchanged[place] = tally.exchanged.get(place, 0.0) + found.sent
     tally.exchange_seconds[axes] = tally.exchange_seconds.get(axes, 0.0) + spent
-    clock.begin(instruction.name, spent, 'links', axes)
-    if not instruction.opcode.endswith('-start'):
-      self._wait(tally, clock, instruction.name)
+    clock.begin(begins.name, spent, 'links', axes)
+    if not begins.opcode.endswith(('-start', '-update')):
+      self._wait(tally, clock, begins.name)
 
   def _time(self, found: Collective) -> float:
     machine = self.machine

@@ -16,6 +16,7 @@ _REFERENCE = re.compile(
   r'(calls|to_apply|condition|body|true_computation|false_computation)=%?([^\s,]+)'
 )
 _BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}')
+_CALLED = re.compile(r'called_computations=\{([^}]*)\}')
 _NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
@@ -94,6 +95,9 @@ class Instruction:
     if (branches := _BRANCHES.search(self.rest)) is not None:
       for number, name in enumerate(branches[1].split(',')):
         found[f'branch_{number}'] = name.strip().lstrip('%')
+    if (called := _CALLED.search(self.rest)) is not None:
+      for number, name in enumerate(called[1].split(',')):
+        found[f'called_{number}'] = name.strip().lstrip('%')
     return found
 
   def attribute(self, name: str) -> str | None:
@@ -210,7 +214,7 @@ def parse(text: str) -> Module:
       if header is not None and not line.startswith('HloModule'):
         name, lines = header[2], []
         entry = name if header[1] else entry
-    elif line == '}':
+    elif line == '}' or line.startswith('}, execution_thread='):
       if lines:
         result = next((place for place, _, root in lines if root), lines[-1][0])
         found = tuple(_instruction(place, body) for place, body, _ in lines)

@@ -69,6 +69,32 @@ def test_exchanges_wait_for_each_other():
   assert tally.total_seconds == pytest.approx(max(10 * GATHER, PRODUCT) + PRODUCT)
 
 
+def test_a_collective_on_a_core_of_its_own():
+  """The same program where the gather is a computation that another core is given."""
+  start = TEXT.index('  %s ')
+  call = """  %c = ((), (s32[9999999]{0})) custom-call-start(), async_execution_thread="sparsecore",
+    called_computations={%aside}
+  %s = ((bf16[2048,8192]{1,0}), bf16[8192,8192]{1,0}, (s32[9999999]{0})) custom-call-update(%c, %w)
+"""
+  aside = """%aside (p: bf16[2048,8192]) -> bf16[8192,8192] {
+  %p = bf16[2048,8192]{1,0} parameter(0)
+  %t = (bf16[2048,8192]{1,0}) tuple(%p)
+  %e = bf16[2048,8192]{1,0} get-tuple-element(%t), index=0
+  ROOT %g = bf16[8192,8192]{1,0} all-gather(%e), replica_groups={{0,1,2,3}}, dimensions={0},
+    metadata={op_name="jit(f)/layer/gather/all_gather"}
+}, execution_thread="sparsecore"
+
+"""
+  text = TEXT[:start] + call + TEXT[TEXT.index('  %y ') :]
+  text = text.replace('ENTRY', f'{aside}ENTRY').replace('all-gather-done', 'custom-call-done')
+  tally, expected = run(text), run(TEXT)
+  assert tally.exchanged == expected.exchanged
+  assert tally.exchange_seconds == expected.exchange_seconds
+  # Its room for numbers is no work, and it hides behind the product as the other does.
+  assert tally.total_seconds == expected.total_seconds
+  assert tally.all_work == expected.all_work
+
+
 def test_waiting_for_a_copy_counts():
   """One that is begun and ended with nothing between."""
   text = """HloModule m
