@@ -2,29 +2,31 @@
 
 import dataclasses
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
-import pytest
-from absl import flags
 from PIL import Image
 
 from configs import five_modalities
-from deepseek_jax.core.config import ConfigError
 from deepseek_jax.data.media.cloud import Clouds
 from deepseek_jax.data.media.made import Made
 from deepseek_jax.data.media.mixture import Mixture, Share
 from deepseek_jax.data.media.sound import Sounds
 from deepseek_jax.train.workdir import Workdir
-from scripts import plot_media
+from scripts import media_panels
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_views_of_a_cloud():
   """From the front, up is the third coordinate; from above, the second; the near hide others."""
   points = np.array([[0, -1, 1, 1, 0, 0], [0, 1, 1, 0, 1, 0], [-1, 0, -1, 0, 0, 1]], np.float32)
-  front = plot_media.view(points, up=2, side=44)
+  front = media_panels.view(points, up=2, side=44)
   np.testing.assert_array_equal(front[0, 20], [1, 0, 0])
   np.testing.assert_array_equal(front[40, 0], [0, 0, 1])
-  above = plot_media.view(points, up=1, side=44)
+  above = media_panels.view(points, up=1, side=44)
   np.testing.assert_array_equal(above[0, 20], [0, 1, 0])
   np.testing.assert_array_equal(above[40, 20], [1, 0, 0])
   assert (front[20, 40] == 1).all()
@@ -32,23 +34,23 @@ def test_views_of_a_cloud():
 
 def test_a_clip_is_a_strip():
   clip = np.random.default_rng(0).integers(0, 255, (3, 4, 5, 3), np.uint8)
-  strip = plot_media.picture_of('video', clip, None)
+  strip = media_panels.picture_of('video', clip, None)
   assert strip.shape == (4, 15, 3)
   np.testing.assert_array_equal(strip[:, 5:10], clip[1])
 
 
-@pytest.fixture
-def flagged():
-  """Flags as on a command line, put back after."""
-  before = {name: flags.FLAGS[name].value for name in ('workdir', 'each', 'output', 'cache_dir')}
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()
-  yield flags.FLAGS
-  for name, value in before.items():
-    flags.FLAGS[name].value = value
+def plot(run, cache_dir):
+  """Runs the script on a run's folder."""
+  command = [
+    sys.executable,
+    'scripts/plot_media.py',
+    f'--workdir={run}',
+    f'--cache_dir={cache_dir}',
+  ]
+  return subprocess.run([*command, '--each=2'], cwd=ROOT, capture_output=True, text=True)
 
 
-def test_answers_are_drawn(tmp_path, cache_dir, flagged, capsys):
+def test_answers_are_drawn(tmp_path, cache_dir):
   """One panel an answer; without an evaluation it is said what to run."""
   experiment = five_modalities.get_config()
   shares = (
@@ -59,9 +61,9 @@ def test_answers_are_drawn(tmp_path, cache_dir, flagged, capsys):
   model = dataclasses.replace(experiment.model, image=None, video=None)
   run = tmp_path / 'run'
   Workdir(run).write(dataclasses.replace(experiment, data=data, model=model))
-  flagged.workdir, flagged.cache_dir, flagged.each = str(run), str(cache_dir), 2
-  with pytest.raises(ConfigError, match=r'first run scripts/evaluate.py --workdir='):
-    plot_media.main()
+  early = plot(run, cache_dir)
+  assert early.returncode != 0
+  assert f'first run scripts/evaluate.py --workdir={run}' in early.stderr
   answers = [
     {'source': source, 'document': i, 'given': '', 'text': 'a', 'reference': 'b'}
     for source in ('Sounds', 'Clouds')
@@ -69,8 +71,9 @@ def test_answers_are_drawn(tmp_path, cache_dir, flagged, capsys):
   ]
   text = json.dumps({'step': 1, 'answers': answers})
   (run / 'answers.json').write_text(text, encoding='utf-8')
-  plot_media.main()
-  assert capsys.readouterr().out.strip().endswith('media.png')
+  done = plot(run, cache_dir)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.strip().endswith('media.png')
   with Image.open(run / 'media.png') as image:
     width, height = image.size
     colours = len(image.convert('RGB').getcolors(2**24) or [])

@@ -145,7 +145,9 @@ def test_bias_follows_the_loads(program, steps):
       context,
       method=forward,
       mutable=['intermediates'],
-      capture_intermediates=lambda module, _: isinstance(module, SigmoidRouter),
+      capture_intermediates=lambda module, method: (
+        isinstance(module, SigmoidRouter) and method == '__call__'
+      ),
     )
     return seen['intermediates']
 
