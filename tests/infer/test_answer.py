@@ -14,8 +14,13 @@ from deepseek_jax.infer.answer import words_of, write_answers
 from deepseek_jax.infer.target import context_of
 from deepseek_jax.models.decoder import init_variables
 
+JOINS = [
+  pytest.param(join, marks=[pytest.mark.slow] if join == 'fusion' else [])
+  for join in visual_questions.JOINS
+]
 
-@pytest.mark.parametrize('join', visual_questions.JOINS)
+
+@pytest.mark.parametrize('join', JOINS)
 def test_each_token_is_the_likeliest_of_its_prefix(join, cache_dir):
   """Greedy tokens through the cache are those of a forward pass without one, to the row's end."""
   experiment = visual_questions.get_config(join)

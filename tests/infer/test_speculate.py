@@ -62,8 +62,8 @@ def run(decoder, variables, prompts=PROMPTS, **options):
 
 
 NAMES = [
-  *('mla-1', 'dsa-1', 'v4'),
-  *(pytest.param(name, marks=pytest.mark.slow) for name in ('mla-2', 'window-3')),
+  *('mla-1', 'dsa-1'),
+  *(pytest.param(name, marks=pytest.mark.slow) for name in ('mla-2', 'window-3', 'v4')),
 ]
 
 

@@ -91,7 +91,8 @@ def test_who_learns_from_what(made):
   assert np.abs(some['embedding']['weight']).max() > 0
 
 
-@pytest.mark.parametrize('loss', [None, pytest.param(SigLIP(), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('loss', [None, SigLIP()])
 def test_a_mesh_changes_nothing(made, sighted, loss):
   """Negatives of all devices: the loss of eight is that of one, and so are the gradients."""
   model, _, _, context, _ = made

@@ -33,7 +33,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope='module', params=list(KINDS))
+@pytest.fixture(scope='module', params=[pytest.param('dual', marks=pytest.mark.slow), 'fusion'])
 def made(request, sighted, shown):
   """A model of pictures and sounds, its weights, a context with one place a medium, and a run."""
   model = sighted(

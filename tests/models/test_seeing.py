@@ -143,7 +143,9 @@ def test_a_mesh_changes_nothing(made):
     np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), err_msg=str(path))
 
 
-@pytest.mark.parametrize('tiling', [EveryTile(), Progressive(tiles=1)])
+@pytest.mark.parametrize(
+  'tiling', [EveryTile(), pytest.param(Progressive(tiles=1), marks=pytest.mark.slow)]
+)
 def test_tiles(sighted, shown, tiling):
   """All tiles or one of two a row; every weight of the model takes part."""
   model = sighted(**NO_OTHERS, tiling=tiling)

@@ -157,6 +157,7 @@ def compare(kind: str, parallel: ContextParallel, mesh: MeshConfig = FOUR, **cha
   assert_same(results(on_mesh(chosen, parallel, mesh)), alone(single))
 
 
+@pytest.mark.slow
 def test_zigzag_ring_of_latents():
   """MLA, MTP across the edges of devices, packed rows, recomputation."""
   compare('mla', ZIGZAG, remat=EveryLayer())

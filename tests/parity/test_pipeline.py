@@ -236,9 +236,8 @@ APART = ('capacity', 'noise')
 """What depends on which tokens are in a microbatch: compared with the same microbatches."""
 
 
-@pytest.mark.parametrize(
-  'name', [pytest.param(n, marks=[] if n == 'one' else [pytest.mark.slow]) for n in RUNS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', RUNS)
 def test_stages_change_nothing(name):
   """Two steps in stages are those of one device without any."""
   run(name)

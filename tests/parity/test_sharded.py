@@ -51,7 +51,7 @@ ROWS, LENGTH = 8, 32
 TOLERANCE = 1e-5
 
 OFTEN = {
-  'mla': ('tensor', 'expert'),
+  'mla': ('tensor',),
 }
 """Under which presets a kind is run every time; all else is slow."""
 

@@ -90,6 +90,7 @@ def test_scaled_gradients_are_those_of_float32():
     assert float(scaled_scalars[name]) == pytest.approx(float(value), rel=2e-3), name
 
 
+@pytest.mark.slow
 def test_without_a_scale_small_gradients_are_lost():
   """The same gradients, about 2⁻²² of those of a small batch, round to nothing."""
   expected, found = gradients('float32', None)[1], gradients('float16', None)[1]
