@@ -1,4 +1,4 @@
-"""Questions about made pictures: colours, counts, places; every answer is exact.
+"""Questions about made pictures: colours, counts, places; every answer is exact. And captions.
 
 Who does not look is right in 26 % of the held-out questions, by the words alone. `join` says how
 text and pictures meet: 'decoder' puts pictures in the place of tokens, 'dual' gives them a stream
@@ -54,7 +54,7 @@ def get_config(join: str = 'decoder') -> Experiment:
     model=_model(join),
     data=VISUAL_QUESTIONS
     if join == 'decoder'
-    else dataclasses.replace(VISUAL_QUESTIONS, layout=Marked(image=4), length=96),
+    else dataclasses.replace(VISUAL_QUESTIONS, layout=Marked(image=4), length=112),
     optimizer=AdamW(peak_lr=2e-3),
     schedule=WarmupStableDecay(warmup_steps=40, decay_fraction=0.5, final=0.05),
     train_steps=1500,

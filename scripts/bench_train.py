@@ -20,6 +20,8 @@ from typing import Any
 
 from absl import app, flags
 
+from scripts.contestant import ROOT, Contestant
+
 START = time.perf_counter()
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'rounds that count')
 WARMUP = flags.DEFINE_integer('warmup', 5, 'rounds before them: allocators take as long to settle')
@@ -29,44 +31,6 @@ PRECISION = flags.DEFINE_enum('precision', 'fastest', ['fastest', 'float32', 'bf
 KEEP_MEMORY = flags.DEFINE_bool('keep_memory', True, 'keep freed memory, as training does')
 OUT = flags.DEFINE_string('out', None, 'file for all figures, as JSON')
 WORKER = flags.DEFINE_enum('worker', None, ['step', 'roof'], 'used by the script itself')
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-
-
-class Contestant:
-  """A process that makes one step when it is told to, and sleeps in between."""
-
-  def __init__(self, command: list[str]):
-    """Starts it and waits until it is ready."""
-    start = time.perf_counter()
-    self.process = subprocess.Popen(
-      command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    self.facts = self._answer('ready')
-    self.ready_seconds = time.perf_counter() - start
-    self.rows: list[list[float]] = []
-
-  def step(self) -> None:
-    """Makes one step and keeps its row of figures: seconds first."""
-    assert self.process.stdin is not None
-    self.process.stdin.write('step\n')
-    self.process.stdin.flush()
-    self.rows.append(self._answer('step'))
-
-  def seconds(self) -> list[float]:
-    """Returns the seconds of every step that counts."""
-    return [row[0] for row in self.rows[WARMUP.value :]]
-
-  def close(self) -> None:
-    """Ends the process."""
-    self.process.communicate('stop\n', timeout=60)
-
-  def _answer(self, kind: str) -> list[float]:
-    assert self.process.stdout is not None
-    for line in self.process.stdout:
-      words = line.split()
-      if words and words[0] == kind:
-        return [float(word) for word in words[1:]]
-    raise SystemExit(f'{self.process.args!r}: ended with code {self.process.wait()}')
 
 
 def main(argv: list[str]) -> None:
@@ -106,9 +70,9 @@ def report(contestants: dict[str, Contestant], precision: str) -> None:
   first = compile_seconds + ours.rows[0][0]
   print(f'\n{parameters:,.0f} parameters, {tokens} tokens a step, ours in {precision}')
   print(f'{"":<34} tokens/s (quartiles)   best   ours / it   peak memory')
-  mine = ours.seconds()
+  mine = ours.seconds(WARMUP.value)
   for name, contestant in contestants.items():
-    spent = contestant.seconds()
+    spent = contestant.seconds(WARMUP.value)
     low, middle, high = (tokens / s for s in reversed(statistics.quantiles(spent, n=4)))
     ratio = statistics.median(other / own for own, other in zip(mine, spent, strict=True))
     memory = f'{contestant.rows[-1][2] / 1e9:.1f} GB' if name != 'roof' else ''

@@ -16,7 +16,8 @@
 
 A run's status is `finished`, `diverged`, `failed` or `unfinished`. `figures` are numbers of the
 last evaluation and of the last twentieth of training, and where `scripts/evaluate.py` has measured
-a run on media, means over its sources of what it wrote; `curve` is two columns.
+a run on media, means over its sources of what it wrote and figures of each, as `Questions/exact`;
+`curve` is two columns.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import hashlib
 import json
 import math
 import pathlib
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -260,14 +262,25 @@ def _figures(history: History) -> dict[str, float]:
 
 
 def _media_figures(trial: Trial) -> dict[str, float]:
-  """Means over the sources of `media.json`, which is there where a run was measured on media."""
+  """Figures of `media.json`, which is there where a run was measured on media.
+
+  Means over the sources by name, and those of each source, as `Questions/exact`.
+  """
   path = trial.workdir.path / 'media.json'
   if not path.exists():
     return {}
-  sources = list(json.loads(path.read_text(encoding='utf-8'))['sources'].values())
-  names = {name for source in sources for name in source}
-  found = {name: [source[name] for source in sources if name in source] for name in sorted(names)}
-  return {name: float(np.mean(values)) for name, values in found.items()}
+  sources = json.loads(path.read_text(encoding='utf-8'))['sources']
+  values = defaultdict(list)
+  for figures in sources.values():
+    for name, value in figures.items():
+      values[name].append(value)
+  found = {name: float(np.mean(values[name])) for name in sorted(values)}
+  own = {
+    f'{source}/{name}': float(value)
+    for source, figures in sources.items()
+    for name, value in figures.items()
+  }
+  return found | own
 
 
 def _curve(history: History) -> dict[str, list[float]]:

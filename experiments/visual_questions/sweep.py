@@ -12,12 +12,12 @@ baseline = 'concatenated'
 
 
 def base() -> Experiment:
-  """Returns the decoder that reads pictures among its words, for 300 steps."""
+  """Returns the decoder that reads pictures among its words, for 600 steps."""
   changes = {
     'name': 'visual_questions',
-    'train_steps': 300,
-    'cadence.evaluate': 150,
-    'cadence.save': 150,
+    'train_steps': 600,
+    'cadence.evaluate': 300,
+    'cadence.save': 300,
   }
   return override(visual_questions.get_config('decoder'), changes)[0]
 

@@ -23,6 +23,7 @@ def run(*arguments, text=''):
   return result.returncode, result.stdout.decode(), result.stderr.decode()
 
 
+@pytest.mark.slow
 def test_prompts_are_continued(workdir):
   """Several from the command line; one from standard input."""
   generator = from_pretrained(workdir).generator

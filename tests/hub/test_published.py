@@ -29,7 +29,7 @@ FAMILIES = {'v3': tiny_mla, 'v3_2': tiny_dsa, 'v4': tiny_v4}
 IDS = [1, 70, 3, 40, 5, 9, 200]
 
 
-@pytest.fixture(scope='module', params=FAMILIES)
+@pytest.fixture(scope='module', params=['v3', 'v3_2', pytest.param('v4', marks=pytest.mark.slow)])
 def published(request, tmp_path_factory):
   """A model with random weights, and the folder it was exported to."""
   experiment = FAMILIES[request.param].get_config()

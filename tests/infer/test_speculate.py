@@ -185,6 +185,7 @@ def test_tokens_come_in_order(trained):
   assert [row for row, _ in pairs] == [0, 1, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sampler', [Greedy(), Sample()])
 def test_neighbours_and_chunks_change_nothing(drafting_model, sampler):
   """A row depends on the seed and its number alone, however many drafts stand beside it."""

@@ -88,13 +88,14 @@ def test_figures_and_states_of_the_runs(sweep):
 
 
 def test_what_was_measured_on_media_is_a_figure(sweep):
-  """Means over the sources that have it; of runs that were not measured there is none."""
+  """Means over the sources that have it, and each; of runs that were not measured there is none."""
   sources = {'A': {'exact': 0.5, 'f1': 0.2}, 'B': {'exact': 0.7}}
   text = json.dumps({'step': STEPS, 'sources': sources})
   (sweep / 'plain/seed_1/media.json').write_text(text, encoding='utf-8')
   plain = collect(sweep).variants['plain']
   assert plain.finished('exact') == pytest.approx({1: 0.6})
   assert plain.finished('f1') == pytest.approx({1: 0.2})
+  assert plain.finished('B/exact') == pytest.approx({1: 0.7})
 
 
 def test_cost_of_the_variants(sweep):

@@ -151,15 +151,10 @@ def assert_same(found: Any, expected: Any, tolerance: float = TOLERANCE, where: 
     assert difference <= limit, f'{where}{address} differs by {difference}, limit {limit}'
 
 
-CASES = [
-  ('hybrid', 1),
-  pytest.param('hybrid', 2, marks=pytest.mark.slow),
-  pytest.param('expert', 1, marks=pytest.mark.slow),
-  pytest.param('tensor', 1, marks=pytest.mark.slow),
-  pytest.param('replicas', 1, marks=pytest.mark.slow),
-]
+CASES = [('hybrid', 1), ('hybrid', 2), ('expert', 1), ('tensor', 1), ('replicas', 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('layout', 'microbatches'), CASES)
 def test_exact_changes_nothing(layout, microbatches):
   """Two steps of replicas with gradients of their own are those of one device."""

@@ -282,9 +282,8 @@ def test_a_dispatch_changes_nothing(layout):
   assert_same_steps(two_steps('mla', layout, 1), two_steps('mla', 'single'))
 
 
-@pytest.mark.parametrize(
-  ('layout', 'microbatches'), [('single', 2), pytest.param('tensor', 4, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('layout', 'microbatches'), [('single', 2), ('tensor', 4)])
 def test_accumulation_changes_nothing(layout, microbatches):
   """Microbatches with very unequal counts of targets add up to the batch; also on a mesh.
 

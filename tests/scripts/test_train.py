@@ -77,6 +77,7 @@ def logged(workdir: pathlib.Path) -> list[dict]:
   return [{key: value for key, value in row.items() if key not in CLOCKED} for row in rows]
 
 
+@pytest.mark.slow
 def test_own_text_from_training_to_a_continuation(text, tmp_path, cache_dir):
   workdir = tmp_path / 'run'
   command = arguments(text, cache_dir, workdir, '--config.prompts=("we hold",)')

@@ -200,6 +200,7 @@ def test_buffers_are_regrouped():
 WEIGHT = {'one device': 'gate', 'mesh': 'gate_in'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_weights_that_are_not_finite_cost_no_step(kind):
   """Routed around at once, tried again after the cool-down, then closed."""

@@ -11,6 +11,7 @@ from deepseek_jax.core.serialise import from_json, to_json
 from deepseek_jax.data.media.drawings import Drawings
 from deepseek_jax.data.media.mixture import Mixture, Share
 from deepseek_jax.data.media.presets import FIVE_MODALITIES, IMAGE_TEXT, VISUAL_QUESTIONS
+from deepseek_jax.data.media.question import Questions
 
 PRESETS = {'questions': VISUAL_QUESTIONS, 'image_text': IMAGE_TEXT, 'five': FIVE_MODALITIES}
 
@@ -49,7 +50,8 @@ def test_text_and_back(name):
 
 
 def test_overrides():
-  experiment = dataclasses.replace(tiny_caption.get_config(), data=VISUAL_QUESTIONS)
+  data = dataclasses.replace(VISUAL_QUESTIONS, source=Questions())
+  experiment = dataclasses.replace(tiny_caption.get_config(), data=data)
   changed, _ = override(
     experiment,
     {

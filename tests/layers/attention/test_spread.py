@@ -139,10 +139,10 @@ def assert_same(found, expected):
 
 
 FOUR = MeshConfig(data=2, seq=4)
-OFTEN = ('mla', 'dsa', 'hca')
-"""Kinds that are run every time: keys of all, chosen ones, and entries."""
+OFTEN = (('mla', RING), ('dsa', RING), ('hca', RING))
+"""What is run every time: keys of all, chosen ones, and entries."""
 CASES = [
-  pytest.param(kind, parallel, FOUR, marks=[] if kind in OFTEN else [pytest.mark.slow])
+  pytest.param(kind, parallel, FOUR, marks=[] if (kind, parallel) in OFTEN else [pytest.mark.slow])
   for parallel, fitting in ((RING, KINDS), (GATHER, DENSE), (ZIGZAG, ANY_ORDER))
   for kind in fitting
 ] + [
