@@ -45,7 +45,14 @@ class Product(NamedTuple):
 class EvenLoads:
   """A dispatch for counting only: each expert gets as many rows, with no sorting and no padding."""
 
-  def __call__(self, x: jax.Array, assignment: Any, matrices: Any, context: Any) -> jax.Array:
+  def check(self, experts: int, sizes: Any, rules: Any) -> list[str]:
+    """Returns what is wrong with it on a mesh: nothing, as it is never run."""
+    del experts, sizes, rules
+    return []
+
+  def __call__(
+    self, x: jax.Array, assignment: Any, matrices: Any, context: Any
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Multiplies [N, D] as rows [E, N · K / E, D]; the result [N, D] means nothing."""
     del context
     experts, (tokens, top_k) = matrices.gate.shape[0], assignment.experts.shape
@@ -57,7 +64,7 @@ class EvenLoads:
     hidden *= jnp.einsum('erd,edf->erf', rows, matrices.up)
     out = jnp.einsum('erf,efd->erd', hidden, matrices.down).reshape(-1, width)[:pairs]
     out = out.reshape(tokens, top_k, width)
-    return jnp.sum(out * assignment.weights[..., None].astype(x.dtype), axis=1)
+    return jnp.sum(out * assignment.weights[..., None].astype(x.dtype), axis=1), {}
 
 
 def products_of(function: Any, *arguments: Any) -> dict[Product, int]:

@@ -5,13 +5,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.layers.bias import Bias, add_bias
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.linear import linear
 from deepseek_jax.ops.norm import swiglu
 
 
@@ -79,9 +79,9 @@ class SwiGLUFeedForward(nn.Module):
     gate = weight(self, 'gate', (width, hidden), ('embed', 'mlp'), dtype=x.dtype)
     up = weight(self, 'up', (width, hidden), ('embed', 'mlp'), dtype=x.dtype)
     down = weight(self, 'down', (hidden, width), ('mlp', 'embed'), dtype=x.dtype)
-    parts = (jnp.einsum('btd,df->btf', x, matrix) for matrix in (gate, up))
+    parts = (linear(x, matrix) for matrix in (gate, up))
     h = swiglu(*parts, limit=self.config.limit)
-    return jnp.einsum('btf,fd->btd', h, down)
+    return linear(h, down)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,7 @@ class MLPFeedForward(nn.Module):
     """Applies the layer to `x` [B, T, D]."""
     c, width = self.config, x.shape[-1]
     up = weight(self, 'up', (width, c.hidden), ('embed', 'mlp'), dtype=x.dtype)
-    h = add_bias(c.bias, self, 'up_bias', jnp.einsum('btd,df->btf', x, up), ('mlp',))
+    h = add_bias(c.bias, self, 'up_bias', linear(x, up), ('mlp',))
     down = weight(self, 'down', (c.hidden, width), ('mlp', 'embed'), dtype=x.dtype)
-    y = jnp.einsum('btf,fd->btd', c.unit.apply(h), down)
+    y = linear(c.unit.apply(h), down)
     return add_bias(c.bias, self, 'down_bias', y, (None,))

@@ -12,6 +12,7 @@ from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.attention.latent import Latent
 from deepseek_jax.layers.context import Context
 from deepseek_jax.layers.weights import add_loss, scale, vector, weight
+from deepseek_jax.ops.linear import linear
 from deepseek_jax.ops.norm import layer_norm
 
 
@@ -78,9 +79,9 @@ class LightningIndexer(nn.Module):
     shape = (source.shape[-1], c.heads * c.dim)
     up = weight(self, 'query', shape, (axis, None), dtype=x.dtype)
     down = weight(self, 'key', (width, c.dim), ('embed', None), dtype=x.dtype)
-    query = jnp.einsum('btc,ck->btk', source, up)
+    query = linear(source, up)
     query = query.reshape(*query.shape[:2], c.heads, c.dim)
-    key = jnp.einsum('btd,dk->btk', x, down)
+    key = linear(x, down)
     # A norm with an offset, unlike all others of the model.
     bias = vector(self, 'key_bias', np.zeros(c.dim))
     key = layer_norm(key, scale(self, 'key_scale', c.dim), bias)

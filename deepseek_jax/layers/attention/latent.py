@@ -22,6 +22,7 @@ from deepseek_jax.layers.norm import RMSNorm
 from deepseek_jax.layers.weights import weight
 from deepseek_jax.ops.attention.reference import Seen, attend, attend_latent, visible, window_mask
 from deepseek_jax.ops.attention.ring import Keys
+from deepseek_jax.ops.linear import linear
 
 FEW = 2
 """Queries whose scores of all keys are held at once. On two CPU cores a loop over blocks of 2,048
@@ -169,7 +170,7 @@ class LatentAttention(nn.Module):
       return x
     shape = (x.shape[-1], c.query_latent)
     down = weight(self, 'query_down', shape, ('embed', None), dtype=x.dtype)
-    return c.norm.build('query_norm')(jnp.einsum('btd,dc->btc', x, down))
+    return c.norm.build('query_norm')(linear(x, down))
 
   def queries_of(self, source: jax.Array, context: Context) -> tuple[jax.Array, jax.Array]:
     """Returns the pair of `queries`, made of what `query_source` returns, [B, T, C]."""
@@ -189,7 +190,7 @@ class LatentAttention(nn.Module):
     c, width = self.config, x.shape[-1]
     shape = (width, c.latent + c.rope_dim)
     down = weight(self, 'latent_down', shape, ('embed', None), dtype=x.dtype)
-    both = jnp.einsum('btd,dc->btc', x, down)
+    both = linear(x, down)
     latent = c.norm.build('latent_norm')(both[..., : c.latent])
     if c.stored is not None:
       latent = c.stored.round_key(latent)

@@ -21,6 +21,7 @@ from deepseek_jax.layers.weights import vector, weight
 from deepseek_jax.ops.attention.compressed import Keys, attend_compressed
 from deepseek_jax.ops.attention.neighbours import with_tokens_before
 from deepseek_jax.ops.attention.ring import Facts
+from deepseek_jax.ops.linear import linear
 from deepseek_jax.ops.norm import rms_norm
 
 
@@ -153,7 +154,7 @@ class SharedAttention(nn.Module):
     """Returns the query latent [B, T, Q], normalised, and rotated queries [B, T, H, C]."""
     c, width = self.config, x.shape[-1]
     down = weight(self, 'query_down', (width, c.query_latent), ('embed', None), dtype=x.dtype)
-    latent = c.norm.build('query_norm')(jnp.einsum('btd,dc->btc', x, down))
+    latent = c.norm.build('query_norm')(linear(x, down))
     shape = (c.query_latent, c.heads, c.head_dim)
     up = weight(self, 'query_up', shape, ('latent', 'heads', None), dtype=x.dtype)
     query = jnp.einsum('btq,qhc->bthc', latent, up)
@@ -165,7 +166,7 @@ class SharedAttention(nn.Module):
     """Returns the normalised, rotated key of each token [B, T, C]."""
     shape = (x.shape[-1], self.config.head_dim)
     w = weight(self, 'key', shape, ('embed', None), dtype=x.dtype)
-    key = self.config.norm.build('key_norm')(jnp.einsum('btd,dc->btc', x, w))
+    key = self.config.norm.build('key_norm')(linear(x, w))
     return round_rest(self.rotate(key, context.positions), self.config)
 
   def recall(

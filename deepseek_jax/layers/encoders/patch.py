@@ -20,6 +20,7 @@ from deepseek_jax.layers.encoders.interface import (
 from deepseek_jax.layers.feed_forward import MLP, SwiGLU
 from deepseek_jax.layers.norm import LayerNorm, RMSNorm
 from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.linear import linear
 from deepseek_jax.ops.patch import (
   extract_blocks,
   extract_patches,
@@ -146,7 +147,7 @@ class PatchStem(nn.Module):
     pixels = images[:, :used, :used].astype(self.dtype) / 127.5 - 1.0
     shape = (c.patch * c.patch * 3, c.width)
     kernel = weight(self, 'kernel', shape, (None, 'embed'), dtype=self.dtype)
-    x = jnp.einsum('rnp,pd->rnd', extract_patches(pixels, c.patch), kernel)
+    x = linear(extract_patches(pixels, c.patch), kernel)
     x = add_bias(c.bias, self, 'bias', x, (None,))
     if c.position is not None:
       x = c.position.add(self, x)
@@ -251,7 +252,7 @@ class BlockStem(nn.Module):
     blocks = extract_blocks(jnp.where(inside, pixels, 0), c.span, c.patch)
     shape = (blocks.shape[-1], c.width)
     kernel = weight(self, 'kernel', shape, (None, 'embed'), dtype=self.dtype)
-    x = jnp.einsum('rnp,pd->rnd', blocks, kernel)
+    x = linear(blocks, kernel)
     x = add_bias(c.bias, self, 'bias', x, (None,))
     if c.position is not None:
       x = c.position.add(self, x)

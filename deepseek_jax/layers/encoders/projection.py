@@ -4,11 +4,11 @@ import dataclasses
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from deepseek_jax.core.config import ConfigError, wrong_sizes
 from deepseek_jax.layers.bias import Bias, add_bias
 from deepseek_jax.layers.weights import weight
+from deepseek_jax.ops.linear import linear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ class OwnProjection(nn.Module):
     bias = self.config.bias
     up = weight(self, 'up', (x.shape[-1], self.width), ('embed', 'mlp'), dtype=x.dtype)
     down = weight(self, 'down', (self.width, self.width), ('mlp', 'embed'), dtype=x.dtype)
-    h = add_bias(bias, self, 'up_bias', jnp.einsum('rnd,df->rnf', x, up), ('mlp',))
-    y = jnp.einsum('rnf,fd->rnd', jax.nn.gelu(h, approximate=False), down)
+    h = add_bias(bias, self, 'up_bias', linear(x, up), ('mlp',))
+    y = linear(jax.nn.gelu(h, approximate=False), down)
     return add_bias(bias, self, 'down_bias', y, (None,))
 
 
@@ -91,7 +91,7 @@ class Entry(nn.Module):
     """Brings `x` [R, N, W] to the channels that all media have."""
     c = self.config
     up = weight(self, 'up', (x.shape[-1], c.shared_dim), ('embed', 'mlp'), dtype=x.dtype)
-    h = add_bias(c.bias, self, 'up_bias', jnp.einsum('rnd,df->rnf', x, up), ('mlp',))
+    h = add_bias(c.bias, self, 'up_bias', linear(x, up), ('mlp',))
     return jax.nn.gelu(h, approximate=False)
 
 
@@ -107,5 +107,5 @@ class JointProjection(nn.Module):
     bias, size = self.config.bias, self.config.shared_dim
     space = weight(self, 'space', (size, size), ('mlp', 'embed'), dtype=x.dtype)
     out = weight(self, 'out', (size, self.width), ('embed', None), dtype=x.dtype)
-    z = add_bias(bias, self, 'space_bias', jnp.einsum('rns,sd->rnd', x, space), (None,))
-    return add_bias(bias, self, 'out_bias', jnp.einsum('rns,sd->rnd', z, out), (None,))
+    z = add_bias(bias, self, 'space_bias', linear(x, space), (None,))
+    return add_bias(bias, self, 'out_bias', linear(z, out), (None,))
