@@ -73,9 +73,14 @@ def products_of(function: Any, *arguments: Any) -> dict[Product, int]:
   Raises:
     ValueError: a product is in a loop whose length the program does not tell.
   """
+  return dict(products_of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr))
+
+
+def products_of_jaxpr(jaxpr: Any) -> collections.Counter[Product]:
+  """Returns the matrix products of a traced function, as `products_of` does."""
   counts: collections.Counter[Product] = collections.Counter()
-  _collect(jax.make_jaxpr(function)(*arguments).jaxpr, 1, counts)
-  return dict(counts)
+  _collect(jaxpr, 1, counts)
+  return counts
 
 
 def _collect(jaxpr: Any, times: int, counts: collections.Counter[Product]) -> None:
@@ -88,6 +93,11 @@ def _collect(jaxpr: Any, times: int, counts: collections.Counter[Product]) -> No
       counts[product] += times
       continue
     inner: collections.Counter[Product] = collections.Counter()
+    if name == 'cond':
+      # The dear branch is that of a step that counts; the other skips it.
+      branches = [products_of_jaxpr(branch.jaxpr) for branch in parameters['branches']]
+      inner = max(branches, key=lambda found: sum(p.flops * n for p, n in found.items()))
+      parameters = {}
     for value in jax.tree.leaves(
       list(parameters.values()), is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr)
     ):
@@ -95,7 +105,7 @@ def _collect(jaxpr: Any, times: int, counts: collections.Counter[Product]) -> No
         _collect(value.jaxpr, 1, inner)
       elif isinstance(value, core.Jaxpr):
         _collect(value, 1, inner)
-    if inner and name in ('while', 'cond'):
+    if inner and name == 'while':
       raise ValueError(f'{len(inner)} matrix products are inside a `{name}`: how often is unknown')
     repeats = times * (parameters['length'] if name == 'scan' else 1)
     for product, count in inner.items():
