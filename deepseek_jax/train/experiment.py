@@ -278,12 +278,9 @@ class Experiment:
       return [f'model is {kind}, but data.{name} has no media to learn its encoders from']
     if not isinstance(model, Multimodal):
       return [f'data is {name}, but model.{kind} sees no media; try Multimodal']
-    errors = model.check_media(
+    return model.check_media(
       {kind: (shape.values[1:], shape.dtype, shape.slots) for kind, shape in data.media.items()}
     )
-    if self.rules.seq:
-      errors.append(f'rules.seq is {self.rules.seq}; media are not spread over a sequence axis')
-    return errors
 
   def _check_batch(self, devices: int) -> list[str]:
     try:
@@ -320,6 +317,11 @@ def check_shared_rows(experiment: Experiment, devices: int) -> list[str]:
     ]
   if shards == 1 or length % shards:
     return []
+  if experiment.data.media:
+    return [
+      f'rules.seq {experiment.rules.seq} has {shards} devices that share a row; media are not '
+      'spread over them: let each have rows of its own'
+    ]
   order = experiment.context_parallel.order
   pieces = len(order.chunks(shards))
   if length % pieces:

@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from configs import tiny_mla
+from configs import tiny_caption, tiny_mla
 from deepseek_jax.core.config import ConfigError
 from deepseek_jax.core.precision import BFloat16, Fastest, Float32
 from deepseek_jax.optim.balance import SignBias
 from deepseek_jax.optim.schedule import WarmupStableDecay
 from deepseek_jax.sharding.mesh import MeshConfig
-from deepseek_jax.sharding.presets import EXPERT
+from deepseek_jax.sharding.presets import EXPERT, POD
 from deepseek_jax.train.experiment import Cadence, resolved
 from deepseek_jax.train.objective import NextToken
 from deepseek_jax.train.step import build_program
@@ -102,6 +102,14 @@ def test_batch_axes_that_collide(run):
   (error,) = dataclasses.replace(run, rules=rules).check(8)
   assert error.startswith('rules: ')
   assert '`batch` and `seq` both claim mesh axis `data`' in error
+
+
+def test_media_are_not_spread_over_a_row():
+  """With one device along `seq` a preset of all axes is right; with two it is refused."""
+  base = tiny_caption.get_config()
+  assert not dataclasses.replace(base, rules=POD, mesh=MeshConfig(data=1)).check(1)
+  (error,) = dataclasses.replace(base, rules=POD, mesh=MeshConfig(data=1, seq=2)).check(2)
+  assert error.startswith("rules.seq ('seq',) has 2 devices that share a row; media are not spread")
 
 
 def test_cadence():
