@@ -15,7 +15,7 @@ from deepseek_jax.layers.attention.nsa import NSA
 from deepseek_jax.layers.attention.recurrent import Recurrent
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA
-from deepseek_jax.layers.attention.top_k import TopK
+from deepseek_jax.layers.attention.top_k import ModalityTopK, TopK
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.hyper_connections import HyperConnections
@@ -51,7 +51,20 @@ class DeepSeekV3:
   depth: int
   width: int
   vocab: int
-  attention: MLA | MHA | Window | Gated | TopK | DSA | NSA | Recurrent | SharedWindow | HCA | CSA
+  attention: (
+    MLA
+    | MHA
+    | Window
+    | Gated
+    | TopK
+    | DSA
+    | NSA
+    | Recurrent
+    | SharedWindow
+    | HCA
+    | CSA
+    | ModalityTopK
+  )
   feed_forward: MoE | SwiGLU
   dense: SwiGLU
   dense_layers: int = 1

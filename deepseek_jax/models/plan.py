@@ -21,7 +21,7 @@ from deepseek_jax.layers.attention.nsa import NSA
 from deepseek_jax.layers.attention.recurrent import Recurrent
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA
-from deepseek_jax.layers.attention.top_k import TopK
+from deepseek_jax.layers.attention.top_k import ModalityTopK, TopK
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import MLP, SwiGLU
 from deepseek_jax.layers.hyper_connections import HyperConnections
@@ -47,6 +47,7 @@ class Block:
     | Window
     | Gated
     | TopK
+    | ModalityTopK
     | DSA
     | NSA
     | Recurrent

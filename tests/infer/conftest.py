@@ -19,7 +19,7 @@ from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
 from deepseek_jax.layers.attention.rope import RoPE, YaRN
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA, Shared
-from deepseek_jax.layers.attention.top_k import TopK
+from deepseek_jax.layers.attention.top_k import ModalityTopK, TopK
 from deepseek_jax.layers.attention.window import Window
 from deepseek_jax.layers.feed_forward import SwiGLU
 from deepseek_jax.layers.moe.moe import MoE
@@ -45,6 +45,7 @@ KINDS = {
   'mla_yarn': MLA(**SIZES, rope=RoPE(yarn=YARN)),
   'window': Window(**SIZES, size=5, sinks=2),
   'top_k': TopK(**SIZES, top_k=3),
+  'modality_top_k': ModalityTopK(**SIZES, top_k=3),
   'dsa': DSA(**SIZES, top_k=3, indexer=Indexer(heads=16, dim=8)),
   'dsa_shared': DSA(
     **SIZES, top_k=2, indexer=Indexer(heads=16, dim=8), sharing=Shared(block=4, window=1)

@@ -16,7 +16,7 @@ from deepseek_jax.layers.attention.nsa import NSA
 from deepseek_jax.layers.attention.recurrent import Recurrent, Slots
 from deepseek_jax.layers.attention.shared_window import SharedWindow
 from deepseek_jax.layers.attention.sparse import DSA, Shared, WarmUp
-from deepseek_jax.layers.attention.top_k import TopK
+from deepseek_jax.layers.attention.top_k import ModalityTopK, TopK
 from deepseek_jax.layers.attention.window import Window
 
 SHARED = {
@@ -33,6 +33,7 @@ KINDS = {
   'window': (Window, {'size': 2, 'sinks': 1}),
   'gated': (Gated, {'block': 2, 'window': 1}),
   'top_k': (TopK, {'top_k': 3}),
+  'modality_top_k': (ModalityTopK, {'top_k': 3}),
   'dsa': (DSA, {'top_k': 3, 'indexer': Indexer(heads=3, dim=4)}),
   'dsa_shared': (
     DSA,
