@@ -21,6 +21,7 @@ from typing import Any
 from absl import app, flags
 
 from scripts.contestant import ROOT, Contestant
+from scripts.random_batch import random_batch
 
 START = time.perf_counter()
 ROUNDS = flags.DEFINE_integer('rounds', 7, 'rounds that count')
@@ -200,23 +201,6 @@ def roof_contestant(experiment: Any) -> list[Any]:
     return [now, best]
 
   return [measure]
-
-
-def random_batch(experiment: Any) -> Any:
-  """Returns a batch [B, T] of random tokens, one document a row: no padding, no lucky caches."""
-  import numpy as np
-
-  from deepseek_jax.data.batch import Batch
-
-  data = experiment.data
-  draw = np.random.default_rng(0).integers(
-    0, experiment.model.vocab, (data.batch_size, data.length + 1)
-  )
-  draw = draw.astype(np.int32)
-  shape = (data.batch_size, data.length)
-  positions = np.broadcast_to(np.arange(data.length, dtype=np.int32), shape)
-  ones = np.ones(shape, np.int32)
-  return Batch(draw[:, :-1], draw[:, 1:], ones.astype(np.float32), positions, ones, ones * 0)  # type: ignore[arg-type]
 
 
 if __name__ == '__main__':
