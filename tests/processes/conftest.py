@@ -71,6 +71,11 @@ class Running:
     rows = JsonLines(self.workdir / 'metrics.jsonl')
     wait_for(lambda: any(row['step'] >= step for row in rows.read()), self.launcher, self.said)
 
+  def keep(self, step: int) -> None:
+    """Waits until the checkpoint of a step is whole: it is written while later steps are made."""
+    folder = self.workdir / f'checkpoints/{step}'
+    wait_for(lambda: folder.exists() and find_damage(folder) is None, self.launcher, self.said)
+
   def said(self) -> str:
     """Returns what the launcher has printed."""
     return self.output.read_text(errors='replace')

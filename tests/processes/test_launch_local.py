@@ -110,13 +110,14 @@ def test_sigterm_while_compiling_ends_all(launch):
 @pytest.mark.timeout(2400)
 def test_four_processes_save_and_fewer_go_on(launch):
   """A run of four goes on with two, and with one; the losses are those of one process."""
-  launch.run('reference', 1, devices=4)
-  for processes, step in ((4, 5), (2, 9)):
-    running = launch.start('shrinking', processes, '--restarts=0')
-    running.reach(step)
+  # A save waits for the one before it, so that step 8 is whole long before the end.
+  launch.run('reference', 1, devices=4, train_steps='24')
+  for processes, step in ((4, 4), (2, 8)):
+    running = launch.start('shrinking', processes, '--restarts=0', train_steps='24')
+    running.keep(step)
     os.kill(running.process(1), signal.SIGKILL)
     assert running.launcher.wait(timeout=400) != 0
-  said = launch.run('shrinking', 1)
+  said = launch.run('shrinking', 1, train_steps='24')
   # All three starts are in the output; the last is meant.
   assert int(re.findall(r'going on after step (\d+)', said)[-1]) >= 8
   folder = launch.folder
