@@ -219,15 +219,16 @@ class _Walk:
   ) -> tuple[Computation, Instruction] | None:
     """Returns the collective that is given to a core of its own here, and where it stands.
 
-    From tpu7x on most are: `custom-call-start` names the program, `custom-call-update` gives it the
-    operands, and `custom-call-done` waits.
+    From tpu7x on most are: `call-start` or `custom-call-start` names the program, `-update` gives
+    it the operands, and `-done` waits.
     """
-    if instruction.opcode != 'custom-call-update':
+    if instruction.opcode not in ('call-update', 'custom-call-update'):
       return None
     start = home.by_name.get(instruction.operands[0])
-    for body in [] if start is None else self.module.inner(start, 'called'):
-      if kind_of(body.root) is not None:
-        return body, body.root
+    for body in [] if start is None else self.module.inner(start, 'called', 'to_apply'):
+      for inside in body.instructions:
+        if kind_of(inside) is not None:
+          return body, inside
     return None
 
   def _exchange(

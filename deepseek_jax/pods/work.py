@@ -14,9 +14,9 @@ KERNEL = 'tpu_custom_call'
 
 FREE = frozenset({
   'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'opt-barrier',
-  'partition-id', 'replica-id', 'iota', 'domain', 'copy-done', 'async-done', 'call-done',
-  'custom-call-start', 'custom-call-update', 'custom-call-done', 'all-gather-done',
-  'all-reduce-done', 'collective-permute-done', 'recv-done',
+  'partition-id', 'replica-id', 'iota', 'domain', 'copy-done', 'async-done',
+  'call-start', 'call-update', 'call-done', 'custom-call-start', 'custom-call-update',
+  'custom-call-done', 'all-gather-done', 'all-reduce-done', 'collective-permute-done', 'recv-done',
   'send-done', 'reduce-scatter-done', 'all-to-all-done',
 })  # fmt: skip
 """Instructions that move nothing."""

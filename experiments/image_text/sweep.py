@@ -29,7 +29,8 @@ def base() -> Experiment:
 
 
 def variants() -> Sweep:
-  """Returns the plain pair, and one with the shared projection and the captions' own loss."""
+  """Returns the plain pair, one with the captions' own loss too, and that with one projection."""
   model = image_text.get_config().model
   ours = {'model.projection': model.projection, 'model.text_weight': model.text_weight}
-  return product(chain(plain={}, shared=ours), seeds(3))
+  captions = {'model.text_weight': model.text_weight}
+  return product(chain(plain={}, captions=captions, shared=ours), seeds(3))

@@ -69,7 +69,10 @@ def test_exchanges_wait_for_each_other():
   assert tally.total_seconds == pytest.approx(max(10 * GATHER, PRODUCT) + PRODUCT)
 
 
-def test_a_collective_on_a_core_of_its_own():
+@pytest.mark.parametrize(
+  ('form', 'named'), [('custom-call', 'called_computations={%aside}'), ('call', 'to_apply=%aside')]
+)
+def test_a_collective_on_a_core_of_its_own(form, named):
   """The same program where the gather is a computation that another core is given."""
   start = TEXT.index('  %s ')
   call = """  %c = ((), (s32[9999999]{0})) custom-call-start(), async_execution_thread="sparsecore",
@@ -86,7 +89,8 @@ def test_a_collective_on_a_core_of_its_own():
 
 """
   text = TEXT[:start] + call + TEXT[TEXT.index('  %y ') :]
-  text = text.replace('ENTRY', f'{aside}ENTRY').replace('all-gather-done', 'custom-call-done')
+  text = text.replace('custom-call', form).replace('called_computations={%aside}', named)
+  text = text.replace('ENTRY', f'{aside}ENTRY').replace('all-gather-done', f'{form}-done')
   tally, expected = run(text), run(TEXT)
   assert tally.exchanged == expected.exchanged
   assert tally.exchange_seconds == expected.exchange_seconds
